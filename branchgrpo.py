@@ -1,0 +1,274 @@
+"""BranchGRPO, the algorithm: roll out a forest, credit its edges, update the policy on those that are kept.
+
+Idea (arXiv:2509.06040v5): independent rollouts repeat the same early steps and share one sparse reward. A tree shares the
+prefixes, so it costs fewer model calls, and its leaf rewards, fused upwards, give every depth an advantage of its own.
+
+1. rollout    one transformer call a depth, for all prompts and nodes at once                        Eq. 1 and 2
+2. credit     fuse leaf rewards upwards, normalise over each depth of a prompt                       Eq. 3 and 4
+3. prune      choose the edges to train; rollouts and rewards are untouched
+4. gather     the kept edges as flat arrays, a row for every parent that still has one
+5. update     clipped surrogate over those edges; siblings share one forward and one backward        Eq. 5
+
+Direction of time: step i walks from sigma_i (depth i) to sigma_{i+1} (depth i + 1); depth 0 is noise.
+
+Departures from the paper and its code. The last step is an ODE step and is not trained. Log-probs are means over dimensions.
+Every update is explicit (`--updates`): the published code steps its optimiser about 37 times an iteration. Every method of
+the field is a forest with a schedule (schedules.py), so baselines share all of this code.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies import Cond, repeat_cond, take_cond
+from sde import branch_noise, gaussian_logp_mean, step_moments
+from tree import Forest, both, depth_advantages, drop_window, fuse, keep_chosen, keep_extreme, keep_parent_top1
+
+
+class NonFinite(RuntimeError):
+    """A loss or a gradient is NaN or infinite: training stops before the optimiser sees it."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What defines a transition: sigmas (T+1,) float64, the step's kind, its noise strength eta, branch noise s, density."""
+
+    sigmas: Tensor
+    kind: str
+    eta: float
+    s: float = 4.0
+    density: str = "true"
+
+    def moments(self, step: Tensor, x: Tensor, v: Tensor, stochastic: bool = True) -> tuple[Tensor, Tensor]:
+        """Mean (B, ...) and std (B, 1, ..., 1) of the next latent; step (B,) may differ from row to row."""
+        sigmas = self.sigmas.to(x.device, x.dtype)
+        shape = (-1, *[1] * (x.ndim - 1))
+        sigma, sigma_next = sigmas[step].view(shape), sigmas[step + 1].view(shape)
+        return step_moments(self.kind if stochastic else "ode", x, v, sigma, sigma_next, self.eta, float(sigmas[1]))
+
+
+@dataclass
+class Rollout:
+    """A forest of P prompts, sampled.
+
+    latents: T+1 tensors (P, n_d, *latent) float32, exactly those whose log-prob was taken (no cast after it).
+    logp_mean: T tensors (P, n_{i+1}); 0 on deterministic edges.
+    x0hat: T tensors (P, n_d, *latent), the clean estimate at every node that has children; empty unless asked for.
+    """
+
+    latents: list[Tensor]
+    logp_mean: list[Tensor]
+    x0hat: list[Tensor]
+
+    def path_logp(self, forest: Forest) -> Tensor:
+        """(P, leaves) float64: log-probs summed along each leaf's path."""
+        steps = range(forest.steps)
+        return sum(self.logp_mean[i].double()[:, forest.ancestors(i + 1, forest.steps)] for i in steps)
+
+
+def generators(seed: int, iteration: int, slots: range) -> list[torch.Generator]:
+    """A CPU generator for each prompt slot, keyed by (seed, iteration, slot).
+
+    Noise then depends neither on the device, nor on micro-batches, nor on how many processes share the prompts, and a
+    resumed run needs no saved random state.
+    """
+    seeds = [int(np.random.SeedSequence([seed, iteration, slot]).generate_state(1)[0]) for slot in slots]
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def velocity(policy, x: Tensor, step: Tensor, sampler: Sampler, cond: Cond, micro_batch: int = 0) -> Tensor:
+    """The policy's velocity at a batch of nodes, in micro-batches where asked: x (B, ...), step (B,) -> (B, ...)."""
+    sigma = sampler.sigmas.to(x.device, x.dtype)[step]
+    if not 0 < micro_batch < len(x):
+        return policy.velocity(x, sigma, cond)
+    parts = torch.arange(len(x)).split(micro_batch)
+    return torch.cat([policy.velocity(x[p], sigma[p], take_cond(cond, p)) for p in parts])
+
+
+@torch.no_grad()
+def rollout(
+    policy, cond: Cond, forest: Forest, sampler: Sampler, rng, micro_batch: int = 0, keep_x0hat=False
+) -> Rollout:
+    """Sample a forest for every prompt, one transformer call a depth for all prompts and nodes (Eq. 1 and 2).
+
+    Args:
+        policy: see policies.py.
+        cond: conditioning of P prompts.
+        forest: its shape; its steps are sampler.sigmas' T.
+        rng: P generators, one a prompt, from `generators`.
+        micro_batch: the most nodes in one transformer call; 0 is no limit.
+        keep_x0hat: keep the clean estimate of every node, for drawing.
+    """
+    shape, device = policy.latent_shape, next(iter(cond.values())).device
+    x = torch.stack([torch.randn(forest.roots, *shape, generator=g) for g in rng]).to(device)  # (P, n_0, ...)
+    out = Rollout([x], [], [])
+    for i, k in enumerate(forest.children):
+        nodes = x.flatten(0, 1)  # (P n_i, ...)
+        step = torch.full((len(nodes),), i, device=device)
+        v = velocity(policy, nodes, step, sampler, repeat_cond(cond, x.shape[1]), micro_batch)
+        mean, std = sampler.moments(step, nodes, v, forest.stochastic(i))
+        if keep_x0hat:
+            out.x0hat.append((nodes - sampler.sigmas[i].item() * v).unflatten(0, x.shape[:2]))
+        if forest.stochastic(i):
+            mean, std = mean.repeat_interleave(k, 0), std.repeat_interleave(k, 0)  # (P n_{i+1}, ...)
+            noise = torch.cat([branch_noise(x.shape[1], k, shape, sampler.s, g) for g in rng]).to(device)
+            children = mean + std * noise
+            logp = gaussian_logp_mean(children, mean, std, sampler.density)
+        else:
+            children, logp = mean, torch.zeros(len(mean), device=device)
+        x = children.unflatten(0, (len(rng), -1))  # (P, n_{i+1}, ...)
+        out.latents.append(x)
+        out.logp_mean.append(logp.unflatten(0, (len(rng), -1)))
+    return out
+
+
+@torch.no_grad()
+def sample_ode(policy, cond: Cond, sampler: Sampler, noise: Tensor, micro_batch: int = 0) -> Tensor:
+    """Evaluation: the deterministic walk of the same T steps from given noise (B, ...) to clean latents (B, ...)."""
+    x = noise
+    for i in range(len(sampler.sigmas) - 1):
+        step = torch.full((len(x),), i, device=x.device)
+        x = sampler.moments(step, x, velocity(policy, x, step, sampler, cond, micro_batch), stochastic=False)[0]
+    return x
+
+
+def credit(out: Rollout, forest: Forest, rewards: Tensor, beta: float, adv_clip: float) -> tuple[list, list]:
+    """Fused rewards (T+1 tensors (P, n_d)) and edge advantages (T tensors (P, n_{i+1})) from leaf rewards (P, leaves)."""
+    fused = fuse(rewards.to(out.latents[0].device), out.path_logp(forest), forest, beta)
+    fused = [f.cpu() for f in fused]
+    return fused, depth_advantages(fused, adv_clip)
+
+
+def prune(forest: Forest, fused: list[Tensor], width: str | int | None, depth: tuple[int, int] | None) -> list[Tensor]:
+    """The edges to train, before the rule that deterministic ones are not: T bool masks (P, n_{i+1}).
+
+    Args:
+        width: None, "parent-top1", or b for Extreme-b.
+        depth: None, or (start, width) of the window of steps to drop.
+    """
+    keep = keep_chosen(forest, len(fused[0]))
+    if width == "parent-top1":
+        keep = both(keep, keep_parent_top1(forest, fused))
+    elif width is not None:
+        keep = both(keep, keep_extreme(forest, fused, width))
+    if depth is not None:
+        keep = both(keep, drop_window(forest, *depth))
+    return keep
+
+
+@dataclass
+class Edges:
+    """Kept stochastic edges as flat arrays: N parents, a row each, and E >= N edges sorted by parent.
+
+    x (N, *latent), step (N,), prompt (N,); child (E, *latent), parent (E,) into the N rows, advantage, logp_old, weight (E,).
+    """
+
+    x: Tensor
+    step: Tensor
+    prompt: Tensor
+    child: Tensor
+    parent: Tensor
+    advantage: Tensor
+    logp_old: Tensor
+    weight: Tensor
+
+
+def gather(
+    out: Rollout, forest: Forest, keep, advantages, prompts: Tensor, loss_weight: str, step_weight=None
+) -> Edges:
+    """Flatten the kept stochastic edges of some prompts.
+
+    Args:
+        keep, advantages: T tensors (P, n_{i+1}).
+        prompts: (p,) indices of the prompts of this update.
+        loss_weight: "edge" counts every edge once (Eq. 5); "path" weighs an edge by its share of the prompt's leaves,
+            1/n_{i+1}, as a flat rollout does, so that every depth weighs the same.
+        step_weight: (T,) factor of each step, for TempFlow-GRPO; ones by default.
+    """
+    columns: dict[str, list[Tensor]] = {name: [] for name in Edges.__dataclass_fields__}
+    parents_so_far = 0
+    for i in filter(forest.stochastic, range(forest.steps)):
+        mask = keep[i][prompts].unflatten(1, (forest.sizes[i], -1))  # (p, n_i, K)
+        trained = mask.any(2)  # (p, n_i)
+        row = parents_so_far + trained.flatten().cumsum(0).view_as(trained) - 1  # number of each trained parent
+        parents_so_far += int(trained.sum())
+        device = out.latents[i].device
+        edge, node = mask.flatten(1).to(device), trained.to(device)
+        n_edges = int(mask.sum())
+        weight = (1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0) * (step_weight[i] if step_weight else 1.0)
+        columns["x"].append(out.latents[i][prompts][node])
+        columns["step"].append(torch.full((int(trained.sum()),), i))
+        columns["prompt"].append(prompts[trained.nonzero()[:, 0]])
+        columns["child"].append(out.latents[i + 1][prompts][edge])
+        columns["parent"].append(row.unsqueeze(2).expand_as(mask)[mask])
+        columns["advantage"].append(advantages[i][prompts][mask.flatten(1)].float())
+        columns["logp_old"].append(out.logp_mean[i][prompts][edge])
+        columns["weight"].append(torch.full((n_edges,), weight))
+    return Edges(**{name: torch.cat(parts).to(out.latents[0].device) for name, parts in columns.items()})
+
+
+def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's clipped surrogate, negated (Eq. 5): -min(rho A, clip(rho, 1-e, 1+e) A), elementwise (E,)."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sampler, o) -> dict[str, float]:
+    """One optimiser step on the kept edges of this process and of all others (Eq. 5).
+
+    loss = sum_e w_e clipped_loss_e / sum_e w_e + kl * mean over trained parents of mean_D (m - m_ref)^2 / (2 std^2), both
+    means over all micro-batches and processes.
+
+    Args:
+        o: options clip, kl, micro_batch, max_grad_norm.
+
+    Returns:
+        loss, ratio_dev = max |rho - 1|, clip_frac, kl, grad_norm.
+
+    Raises:
+        NonFinite: on every process at once, before the optimiser steps.
+    """
+    device = edges.x.device
+    n_parents, n_edges = len(edges.x), len(edges.child)
+    total = accelerator.reduce(torch.stack([edges.weight.sum(), torch.tensor(float(n_parents), device=device)]), "sum")
+    size = o.micro_batch or n_parents
+    sums = torch.zeros(3, device=device)  # loss, clipped edges, kl
+    ratio_dev = torch.zeros((), device=device)
+    optimizer.zero_grad(set_to_none=True)
+    for a in range(0, n_parents, size):
+        rows = slice(a, min(a + size, n_parents))
+        first, last = torch.searchsorted(edges.parent, torch.tensor([rows.start, rows.stop], device=device)).tolist()
+        e, at = slice(first, last), edges.parent[first:last] - rows.start
+        last_one = rows.stop == n_parents
+        with accelerator.no_sync(policy.transformer) if not last_one else accelerator.autocast():
+            c = take_cond(cond, edges.prompt[rows])
+            v = velocity(policy, edges.x[rows], edges.step[rows], sampler, c)
+            mean, std = sampler.moments(edges.step[rows], edges.x[rows], v)
+            ratio = (gaussian_logp_mean(edges.child[e], mean[at], std[at], sampler.density) - edges.logp_old[e]).exp()
+            loss = (edges.weight[e] * clipped_loss(ratio, edges.advantage[e], o.clip)).sum() / total[0]
+            kl = torch.zeros((), device=device)
+            if o.kl:
+                with torch.no_grad():
+                    v_ref = policy.velocity(edges.x[rows], sampler.sigmas.to(v)[edges.step[rows]], c, reference=True)
+                    mean_ref, _ = sampler.moments(edges.step[rows], edges.x[rows], v_ref)
+                kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1).sum() / total[1]
+            accelerator.backward((loss + o.kl * kl) * accelerator.num_processes)  # DDP averages over processes
+        with torch.no_grad():
+            ratio_dev = torch.maximum(ratio_dev, (ratio - 1).abs().max())
+            sums += torch.stack([loss + o.kl * kl, ((ratio - 1).abs() > o.clip).float().sum() / n_edges, kl])
+    sums = accelerator.reduce(sums, "sum")
+    grad_norm = accelerator.clip_grad_norm_(policy.trainable(), o.max_grad_norm or math.inf)
+    if not (sums.isfinite().all() and torch.as_tensor(grad_norm).isfinite()):
+        raise NonFinite(f"the loss ({float(sums[0])}) or its gradient norm ({float(grad_norm)}) is not finite")
+    optimizer.step()
+    ratio_dev = accelerator.gather(ratio_dev).max()
+    clip_frac = float(sums[1]) / accelerator.num_processes
+    return {
+        "loss": float(sums[0]),
+        "ratio_dev": float(ratio_dev),
+        "clip_frac": clip_frac,
+        "kl": float(sums[2]),
+        "grad_norm": float(grad_norm),
+    }

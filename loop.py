@@ -1,0 +1,381 @@
+"""The training loop that images and video share.
+
+Each iteration: 1. take the next prompts, 2. roll out their forests, 3. decode the leaves and score them, 4. credit and prune,
+5. update, 6. log; now and then evaluate on held-out prompts (ODE, fixed noise) and save a checkpoint.
+
+Everything random is keyed by (seed, iteration, prompt slot), so a killed run resumes bit for bit on the CPU, and the result
+does not depend on the number of processes. Direction of time: as in sde.py.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import rewards as R
+from branchgrpo import Sampler, credit, gather, generators, prune, rollout, sample_ode, update
+from flags import MAY_CHANGE
+from schedules import noise_sharing, plan
+from sde import sigma_schedule
+from tree import count, effective_leaves
+
+EVAL_KEY = 2**31  # the held-out noises are the same for every seed: runs are paired
+
+
+@dataclass
+class Run:
+    """What one process holds of a run: options, policy, prompts, rewards and the state that a checkpoint keeps."""
+
+    o: object
+    accelerator: Accelerator
+    policy: object
+    prompts: list[str]
+    heldout: list[str]
+    rewards: dict[str, R.Reward]  # optimised and watched
+    weights: dict[str, float]  # optimised
+    optimizer: torch.optim.Optimizer | None = None
+    ema: EMAModel | None = None
+    iteration: int = 0  # iterations done
+    history: list[dict] = field(default_factory=list)
+    pictures: Tensor | None = None  # of the last evaluation
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.o.out)
+
+    def sampler(self) -> Sampler:
+        """The transitions of this run's options."""
+        o = self.o
+        return Sampler(sigma_schedule(o.steps, o.shift), o.sde, o.eta, noise_sharing(o), o.cps_density)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+def checkpoints(out: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+
+
+def numbered(parameters) -> dict[str, Tensor]:
+    """Parameters by position, as safetensors wants them."""
+    return {str(i): p.detach().cpu().contiguous() for i, p in enumerate(parameters)}
+
+
+def save_checkpoint(run: Run, keep: int = 2) -> None:
+    """Write weights, optimiser, EMA and metrics beside, then rename: a half-written checkpoint never has the good name."""
+    run.accelerator.wait_for_everyone()
+    if not run.accelerator.is_main_process:
+        return
+    final, beside = run.out / f"checkpoint-{run.iteration}", run.out / ".writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_file(numbered(run.policy.trainable()), beside / "trainable.safetensors")
+    if run.ema:
+        save_file(numbered(run.ema.shadow_params), beside / "ema.safetensors")
+    state = {"optimizer": run.optimizer.state_dict(), "ema_step": run.ema.optimization_step if run.ema else 0}
+    torch.save(state, beside / "optimizer.pt")
+    (beside / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(beside, final)
+    for old in checkpoints(run.out)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(run: Run, folder: Path) -> None:
+    """Restore what `save_checkpoint` wrote; metric rows written after it are dropped."""
+    weights = load_file(folder / "trainable.safetensors")
+    state = torch.load(folder / "optimizer.pt", weights_only=True, map_location=run.accelerator.device)
+    with torch.no_grad():
+        for i, p in enumerate(run.policy.trainable()):
+            p.copy_(weights[str(i)])
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.ema:
+        shadow = load_file(folder / "ema.safetensors")
+        run.ema.shadow_params = [shadow[str(i)].to(p.device) for i, p in enumerate(run.ema.shadow_params)]
+        run.ema.optimization_step = state["ema_step"]
+    run.history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    run.iteration = int(folder.name.split("-")[1])
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
+    """Held-out prompts, ODE, the same noises always, EMA weights where EMA is on.
+
+    Returns:
+        means over `--eval-size` prompt-noise pairs (heldout_reward, heldout_exact, heldout_NAME), and the first `show`
+        pictures (show, 3, H, W). heldout_exact is the share of pictures whose ocr score is 1, absent without ocr.
+    """
+    o, acc = run.o, run.accelerator
+    mine = range(acc.process_index, o.eval_size, acc.num_processes)
+    prompts = [run.heldout[i % len(run.heldout)] for i in mine]
+    if run.ema:
+        run.ema.store(run.policy.trainable())
+        run.ema.copy_to(run.policy.trainable())
+    noise = torch.stack([torch.randn(run.policy.latent_shape, generator=g) for g in generators(EVAL_KEY, 0, mine)])
+    cond = run.policy.encode(prompts)
+    latents = sample_ode(run.policy, cond, run.sampler(), noise.to(acc.device), o.micro_batch)
+    if run.ema:
+        run.ema.restore(run.policy.trainable())
+    pictures = run.policy.decode(latents)
+    scores = R.score(run.rewards, pictures, prompts)
+    rows = gather_object([{name: float(scores[name][j]) for name in scores} for j in range(len(mine))])
+    means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
+    result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
+    if "ocr" in means:
+        result["heldout_exact"] = float(np.mean([row["ocr"] == 1 for row in rows]))
+    return result | {f"heldout_{name}": value for name, value in means.items()}, pictures[:show]
+
+
+# ----------------------------------------------------------------------------------------------------------- iteration
+def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
+    """Entries first .. first + n - 1 of the endless stream of prompts: each epoch is a new permutation."""
+    chosen = []
+    for position in range(first, first + n):
+        epoch, at = divmod(position, len(prompts))
+        chosen.append(prompts[np.random.default_rng([seed, epoch, 2]).permutation(len(prompts))[at]])
+    return chosen
+
+
+class Clock:
+    """Splits an iteration's time: each `lap` returns the seconds since the one before, the device's queue drained."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.last = device, time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
+
+
+def iterate(run: Run, iteration: int) -> dict:
+    """One iteration: roll out, score, credit, prune, update; returns its row of metrics."""
+    o, acc, policy = run.o, run.accelerator, run.policy
+    todo, sampler, clock = plan(o, iteration), run.sampler(), Clock(acc.device)
+    forest, share = todo.forest, o.prompts_per_iteration // acc.num_processes
+    slots = range(acc.process_index * share, (acc.process_index + 1) * share)
+    prompts = prompts_at(run.prompts, o.seed, iteration * o.prompts_per_iteration + slots.start, share)
+    policy.transformer.eval()
+    cond = policy.encode(prompts)
+    out = rollout(policy, cond, forest, sampler, generators(o.seed, iteration, slots), o.micro_batch)
+    row = {"seconds_rollout": clock.lap()}
+    pictures = policy.decode(out.latents[-1].flatten(0, 1))
+    row["seconds_decode"] = clock.lap()
+    scores = R.score(run.rewards, pictures, [p for p in prompts for _ in range(forest.leaves)])
+    leaf_rewards = R.weighted_sum(scores, run.weights).unflatten(0, (share, forest.leaves))  # (P, leaves)
+    row["seconds_reward"] = clock.lap()
+
+    fused, advantages = credit(out, forest, leaf_rewards, o.fusion_beta, o.adv_clip)
+    keep = prune(forest, fused, o.width_prune, todo.depth)
+    keep = [k & (i in todo.trained_steps) for i, k in enumerate(keep)]
+    policy.transformer.train()
+    stats = []
+    for part in torch.arange(share).chunk(o.updates):
+        edges = gather(out, forest, keep, advantages, part, o.loss_weight, todo.step_weight)
+        stats.append(update(policy, run.optimizer, acc, edges, cond, sampler, o))
+        if run.ema:
+            run.ema.step(policy.trainable())
+    row["seconds_train"] = clock.lap()
+
+    counts = count(forest, [k[:1] for k in keep])
+    everywhere = acc.gather(leaf_rewards.to(acc.device))
+    row |= {k: float(np.mean([s[k] for s in stats])) for k in stats[0]} | {"ratio_dev": stats[0]["ratio_dev"]}
+    row |= {
+        "reward_mean": everywhere.mean().item(),
+        "reward_std": everywhere.std(1, correction=0).mean().item(),
+        "effective_leaves": effective_leaves(out.path_logp(forest), forest, o.fusion_beta).mean().item(),
+        "leaves": forest.leaves,
+        "trained_edges": counts["trainable"] * o.prompts_per_iteration,
+        "nfe": (counts["forwards"] + counts["trained_parents"]) * o.prompts_per_iteration,
+    }
+    return row | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+def find_out(o, name: str) -> None:
+    """Settle `--out` and `--resume`: a new folder under runs/, the folder given, or the run to continue.
+
+    Raises:
+        ValueError: if a run would be overwritten, or there is none to continue.
+    """
+    if o.resume is None:
+        o.out = o.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if (Path(o.out) / "options.json").exists():
+            raise ValueError(f"--out {o.out} holds a run: add --resume to continue it, or name another folder")
+        return
+    runs = sorted(Path("runs").glob("*/options.json"), key=lambda p: p.stat().st_mtime)
+    o.out = o.resume or o.out or (str(runs[-1].parent) if runs else "runs")
+    if not (Path(o.out) / "options.json").exists():
+        raise ValueError(f"--resume: {o.out} holds no run (no options.json)")
+
+
+def keep_options(o) -> None:
+    """Write options.json, or on resume compare with it.
+
+    Raises:
+        ValueError: if an option that shapes the run differs from the run to continue.
+    """
+    path, now = Path(o.out) / "options.json", {k: v for k, v in vars(o).items() if k not in MAY_CHANGE}
+    now = json.loads(json.dumps(now))  # tuples become lists, as on disk
+    if o.resume is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=1))
+        return
+    for name, was in json.loads(path.read_text()).items():
+        if now[name] != was:
+            raise ValueError(
+                f"--resume: the run has --{name.replace('_', '-')} {was}, not {now[name]}; give the same flags"
+            )
+
+
+def main(o, policy_class, prompts: list[str], heldout: list[str], finish) -> dict:
+    """A whole run from resolved options: rewards, policy, loop, pictures; returns the final document.
+
+    Args:
+        policy_class: has `load(model, height, width, ...)`, see policies.py.
+        prompts, heldout: from flags.load_prompts.
+        finish: called with the Run at the end, on the main process; writes what people look at.
+
+    Raises:
+        ValueError: before any long work, one sentence; NonFinite or CannotScore in the loop.
+    """
+    find_out(o, o.method)
+    blank = torch.ones(1, 3, o.height, o.width)
+    rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], blank)
+    if o.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU was found")
+    accelerator = Accelerator(cpu=o.device == "cpu")
+    policy = policy_class.load(
+        o.model,
+        o.height,
+        o.width,
+        dtype=torch.bfloat16 if o.dtype == "bf16" else torch.float32,
+        guidance=o.guidance,
+        device=accelerator.device,
+        lora=o.lora,
+        keep_reference=o.kl > 0,
+    )
+    if accelerator.is_main_process:
+        keep_options(o)
+    accelerator.wait_for_everyone()
+    run = start(o, accelerator, policy, prompts, heldout, rewards, weights)
+    train(run)
+    if accelerator.is_main_process:
+        finish(run)
+    return summary(run)
+
+
+def start(o, accelerator: Accelerator, policy, prompts, heldout, rewards, weights) -> Run:
+    """Optimiser, EMA and accelerate around a policy; with --resume, the newest checkpoint's state.
+
+    Raises:
+        ValueError: if the processes do not share the prompts or updates evenly.
+    """
+    share = o.prompts_per_iteration / accelerator.num_processes
+    if share % o.updates:
+        n = accelerator.num_processes * o.updates
+        raise ValueError(f"--prompts-per-iteration must be a multiple of processes x --updates = {n}")
+    run = Run(o, accelerator, policy, prompts, heldout, rewards, weights)
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=o.lr, weight_decay=o.weight_decay)
+    run.ema = EMAModel(policy.trainable(), decay=o.ema) if o.ema else None
+    policy.transformer, run.optimizer = accelerator.prepare(policy.transformer, optimizer)
+    if o.resume and checkpoints(run.out):
+        load_checkpoint(run, checkpoints(run.out)[-1])
+    return run
+
+
+class Log:
+    """metrics.jsonl and TensorBoard, written by the main process; on resume both lose what came after the checkpoint."""
+
+    def __init__(self, run: Run):
+        self.run, self.main = run, run.accelerator.is_main_process
+        if self.main:
+            self.path = run.out / "metrics.jsonl"
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in run.history))
+            self.board = SummaryWriter(run.out / "tensorboard", purge_step=run.iteration + 1)
+
+    def write(self, row: dict, pictures: Tensor | None = None) -> None:
+        """Append one row; scalars to TensorBoard, and pictures where there are some."""
+        self.run.history.append(row)
+        if not self.main:
+            return
+        with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "iteration":
+                self.board.add_scalar(name, value, row["iteration"])
+        if pictures is not None:
+            self.board.add_images("heldout", pictures, row["iteration"])
+
+
+def train(run: Run) -> None:
+    """All iterations that are left; evaluates first, at every --eval-every, and last; saves at --save-every and last.
+
+    Raises:
+        NonFinite, CannotScore: the run stops; the last good checkpoint stays.
+    """
+    o, log = run.o, Log(run)
+    if not run.history:
+        clock = Clock(run.accelerator.device)
+        scores, run.pictures = evaluate(run)
+        log.write({"iteration": 0, **scores, "seconds_eval": clock.lap()}, run.pictures)
+        if run.accelerator.is_main_process:
+            save_file({"pictures": run.pictures.contiguous()}, run.out / "before.safetensors")
+    quiet = not run.accelerator.is_main_process
+    bar = tqdm(total=o.iterations, initial=run.iteration, desc=o.method, file=sys.stderr, disable=quiet)
+    held = [r["heldout_reward"] for r in run.history if "heldout_reward" in r][-1]
+    for iteration in range(run.iteration, o.iterations):
+        row, pictures = {"iteration": iteration + 1} | iterate(run, iteration), None
+        run.iteration = iteration + 1
+        last = run.iteration == o.iterations
+        if last or run.iteration % o.eval_every == 0:
+            clock = Clock(run.accelerator.device)
+            scores, run.pictures = evaluate(run)
+            pictures = run.pictures
+            row |= scores | {"seconds_eval": clock.lap()}
+            held = scores["heldout_reward"]
+        log.write(row, pictures)
+        if last or run.iteration % o.save_every == 0:
+            save_checkpoint(run)
+        bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{held:.3f}")
+        bar.update()
+    bar.close()
+
+
+def summary(run: Run) -> dict:
+    """The final JSON document: held-out scores before and after, seconds, model evaluations, where the files are."""
+    evaluated = [r for r in run.history if "heldout_reward" in r]
+    first, last, rows = evaluated[0], evaluated[-1], run.history[1:]
+    seconds = sum(v for r in run.history for k, v in r.items() if k.startswith("seconds_"))
+    document = {
+        "reward_before": first["heldout_reward"],
+        "reward_after": last["heldout_reward"],
+        "exact_before": first.get("heldout_exact"),
+        "exact_after": last.get("heldout_exact"),
+    }
+    for name in run.rewards:
+        document |= {f"{name}_before": first[f"heldout_{name}"], f"{name}_after": last[f"heldout_{name}"]}
+    return document | {
+        "seconds": round(seconds, 2),
+        "nfe": sum(r["nfe"] for r in rows),
+        "iterations": run.iteration,
+        "leaves": rows[-1]["leaves"] if rows else run.o.leaves,
+        "trained_edges": rows[-1]["trained_edges"] if rows else 0,
+        "out": str(run.out),
+    }

@@ -1,0 +1,163 @@
+"""Policies: what a model must offer to be trained here, and FLUX, for any diffusers checkpoint.
+
+A policy is a frozen text encoder, a trained transformer and a frozen decoder:
+
+    encode(prompts) -> cond            dict of tensors, first dimension the prompts
+    velocity(x, sigma, cond) -> v      v_theta(x, sigma, prompt), noise minus data; sigma = 1 is noise
+    decode(x) -> pictures              (B, 3, H, W) in [0, 1]
+    latent_shape, transformer, save(folder)
+
+The tree, the credit and the loss know nothing else of a model. Packing, VAE constants, channel counts and the length of the
+text are read from the checkpoint's own config, so a small model and FLUX.1-dev take the same path.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor
+
+Cond = dict[str, Tensor]
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+
+def repeat_cond(cond: Cond, times: int) -> Cond:
+    """Every prompt's conditioning `times` times, adjacent: (P, ...) -> (P * times, ...)."""
+    return {name: value.repeat_interleave(times, 0) for name, value in cond.items()}
+
+
+def take_cond(cond: Cond, index: Tensor) -> Cond:
+    """The conditioning of the prompts at `index`: (P, ...) -> (B, ...)."""
+    return {name: value[index.to(value.device)] for name, value in cond.items()}
+
+
+def load_pipeline(model: str, wanted: type, dtype: torch.dtype) -> DiffusionPipeline:
+    """Load a diffusers pipeline of one class from a folder or a hub id.
+
+    Raises:
+        ValueError: if it is missing, lacks a component, or is of another class; one sentence.
+    """
+    if Path(model).is_dir():
+        index = Path(model) / "model_index.json"
+        if not index.is_file():
+            raise ValueError(f"--model {model}: no model_index.json there, so it is no diffusers pipeline")
+        config = json.loads(index.read_text())
+        for name, value in config.items():
+            if isinstance(value, list) and value[0] and not (Path(model) / name).is_dir():
+                raise ValueError(f"--model {model}: its component {name!r} is missing")
+    try:
+        config = config if Path(model).is_dir() else DiffusionPipeline.load_config(model)
+        if config["_class_name"] != wanted.__name__:
+            raise ValueError(f"--model {model} is a {config['_class_name']}; a {wanted.__name__} is needed here")
+        return wanted.from_pretrained(model, torch_dtype=dtype)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+class FluxPolicy:
+    """FLUX (and any checkpoint of its class) as a policy over packed latents of shape (tokens, channels).
+
+    Args:
+        pipe: the diffusers pipeline; its transformer is trained, the rest is frozen.
+        height, width: pixels, multiples of the VAE's factor times the packing (16 for FLUX.1-dev).
+        guidance: value of the embedded guidance; unused by a checkpoint without that embedding.
+        autocast: bf16 autocast around the transformer and the decoder.
+        lora: rank of a LoRA on the attention projections (alpha = 2 rank, as in Flow-GRPO); 0 trains all weights.
+        keep_reference: keep the untrained velocity at hand, for the KL term (free with LoRA, a copy without).
+
+    Raises:
+        ValueError: if height or width does not divide.
+    """
+
+    pipeline_class = FluxPipeline
+
+    def __init__(self, pipe, height, width, guidance=3.5, device="cpu", autocast=False, lora=0, keep_reference=False):
+        self.pipe, self.height, self.width, self.guidance = pipe, height, width, guidance
+        self.device, self.autocast, self.lora = torch.device(device), autocast, lora
+        patch = 2 * pipe.vae_scale_factor
+        for flag, size in (("--height", height), ("--width", width)):
+            if size < patch or size % patch:
+                raise ValueError(f"{flag} must be a positive multiple of {patch}, got {size}")
+        pipe.set_progress_bar_config(disable=True)
+        pipe.to(self.device)
+        for module in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
+            module.eval().requires_grad_(False)
+        self.transformer = pipe.transformer
+        self.reference = copy.deepcopy(pipe.transformer) if keep_reference and not lora else None
+        if lora:
+            config = LoraConfig(r=lora, lora_alpha=2 * lora, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+            self.transformer.add_adapter(config)
+        else:
+            self.transformer.requires_grad_(True)
+        for weight in self.trainable():
+            weight.data = weight.data.float()  # fp32 master weights, whatever the checkpoint's dtype
+        rows, columns = height // patch, width // patch
+        self.latent_shape = (rows * columns, pipe.transformer.config.in_channels)  # (tokens, channels)
+        self.img_ids = pipe._prepare_latent_image_ids(1, rows, columns, self.device, torch.float32)
+        self.text_length = min(512, pipe.tokenizer_2.model_max_length)
+        self._encoded: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def load(cls, model: str, height: int, width: int, dtype: torch.dtype = torch.float32, **kwargs) -> "FluxPolicy":
+        """From a local folder or a hub id; see `load_pipeline` and the class for what is raised."""
+        diffusers_logging.disable_progress_bar()
+        pipe = load_pipeline(model, cls.pipeline_class, dtype)
+        return cls(pipe, height, width, autocast=dtype == torch.bfloat16, **kwargs)
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The parameters that the optimiser sees."""
+        return [p for p in self.transformer.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Cond:
+        """Text to conditioning: T5 states (P, L, C) and CLIP's pooled vector (P, C'); each prompt is encoded once."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
+        if new:
+            states, pooled, _ = self.pipe.encode_prompt(new, None, self.device, max_sequence_length=self.text_length)
+            self._encoded.update(zip(new, zip(states.cpu(), pooled.cpu())))
+        states, pooled = zip(*(self._encoded[p] for p in prompts))
+        return {"states": torch.stack(states).to(self.device), "pooled": torch.stack(pooled).to(self.device)}
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
+        """v_theta(x, sigma, prompt): x (B, tokens, channels), sigma (B,) in (0, 1] -> (B, tokens, channels) float32."""
+        model = self.reference if reference and self.reference is not None else self.transformer
+        adapters_off = reference and self.lora > 0
+        if adapters_off:
+            self.pipe.transformer.disable_adapters()
+        has_guidance = self.pipe.transformer.config.guidance_embeds
+        txt_ids = torch.zeros(cond["states"].shape[1], 3, device=x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            v = model(
+                hidden_states=x,
+                timestep=sigma.to(x.dtype),
+                guidance=torch.full_like(sigma, self.guidance, dtype=x.dtype) if has_guidance else None,
+                encoder_hidden_states=cond["states"],
+                pooled_projections=cond["pooled"],
+                img_ids=self.img_ids,
+                txt_ids=txt_ids,
+                return_dict=False,
+            )[0]
+        if adapters_off:
+            self.pipe.transformer.enable_adapters()
+        return v.float()
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, micro_batch: int = 64) -> Tensor:
+        """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
+        vae, pictures = self.pipe.vae, []
+        for part in x.split(micro_batch):
+            z = self.pipe._unpack_latents(part, self.height, self.width, self.pipe.vae_scale_factor)
+            z = z / vae.config.scaling_factor + vae.config.shift_factor
+            pictures.append((vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1).cpu())
+        return torch.cat(pictures)
+
+    def save(self, folder: Path) -> None:
+        """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`."""
+        if self.lora:
+            FluxPipeline.save_lora_weights(folder, get_peft_model_state_dict(self.pipe.transformer))
+        else:
+            self.pipe.save_pretrained(folder)

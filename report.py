@@ -1,0 +1,157 @@
+"""What people look at: held-out pictures before and after, curves, and a rollout tree with its credit.
+
+1. before_after.png  held-out prompts, the same noise, before and after training
+2. curves.png        training reward and spread, held-out scores, diagnostics, seconds, from metrics.jsonl alone
+3. tree.png          a real rollout: the clean estimate at every node, edges coloured by advantage, pruned edges dashed
+"""
+
+import textwrap
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.collections import LineCollection
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from safetensors.torch import load_file
+from torch import Tensor
+
+import loop
+import rewards as R
+from branchgrpo import credit, generators, prune, rollout
+from schedules import plan
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito: safe for colour-blind readers
+TREE_KEY = 2**31 + 1  # noise of the drawn tree
+
+
+def write(run) -> None:
+    """Write the three pictures into the run's folder, and the model (with EMA, its weights) into OUT/model."""
+    if run.pictures is None:
+        run.pictures = loop.evaluate(run)[1]
+    before = load_file(run.out / "before.safetensors")["pictures"]
+    prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
+    before_after(before, run.pictures, prompts, run.out / "before_after.png")
+    curves(run.history, run.out / "curves.png")
+    if run.ema:
+        run.ema.copy_to(run.policy.trainable())
+    tree(run, run.out / "tree.png")
+    run.policy.save(run.out / "model")
+
+
+def to_image(picture: Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
+    return R.to_uint8(picture[None])[0]
+
+
+def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns: int = 6) -> None:
+    """A sheet of pairs: above before, below after, (B, 3, H, W) each."""
+    rows = -(-len(prompts) // columns)
+    aspect = before.shape[-2] / before.shape[-1]
+    fig, axes = plt.subplots(2 * rows, columns, figsize=(2 * columns, rows * (4 * aspect + 0.45)), squeeze=False)
+    for ax in axes.flat:
+        ax.set_xticks([]), ax.set_yticks([])
+        ax.axis("off")
+    for i, prompt in enumerate(prompts):
+        row, column = divmod(i, columns)
+        for k, (picture, colour) in enumerate(((before[i], GREY), (after[i], BLUE))):
+            ax = axes[2 * row + k, column]
+            ax.axis("on")
+            ax.imshow(to_image(picture))
+            ax.spines[:].set_color(colour)
+            if column == 0:
+                ax.set_ylabel(("before", "after")[k], color=colour)
+        axes[2 * row, column].set_title("\n".join(textwrap.wrap(prompt, 30)[:3]), fontsize=9)
+    fig.suptitle("Held-out prompts, the same noise, before and after")
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def series(history: list[dict], name: str) -> tuple[list, list]:
+    """Iterations and values of one metric, where it was measured."""
+    rows = [r for r in history if r.get(name) is not None]
+    return [r["iteration"] for r in rows], [r[name] for r in rows]
+
+
+def curves(history: list[dict], path: Path) -> None:
+    """Training reward with its within-prompt spread, held-out scores, the ratio and the gradient, seconds by part."""
+    fig, axes = plt.subplots(1, 4, figsize=(18, 4))
+    x, mean = map(np.array, series(history, "reward_mean"))
+    spread = np.array(series(history, "reward_std")[1])
+    axes[0].fill_between(x, mean - spread, mean + spread, color=BLUE, alpha=0.2, lw=0, label="± std within a prompt")
+    axes[0].plot(x, mean, color=BLUE, lw=1, label="training rollouts")
+    axes[0].plot(*series(history, "heldout_reward"), color=ORANGE, marker="o", ms=4, label="held out (ODE)")
+    axes[0].set(title="weighted reward", xlabel="iteration")
+    names = sorted({k for row in history for k in row if k.startswith("heldout_")} - {"heldout_reward"})
+    for name, colour in zip(names, (ORANGE, BLUE, GREEN, GREY, "#CC79A7", "#E69F00")):
+        axes[1].plot(*series(history, name), color=colour, marker="o", ms=4, label=name.removeprefix("heldout_"))
+    axes[1].set(title="held-out scores", xlabel="iteration")
+    for name, colour in (("grad_norm", BLUE), ("ratio_dev", ORANGE), ("kl", GREEN)):
+        axes[2].plot(*series(history, name), color=colour, lw=1, label=name)
+    axes[2].set(title="diagnostics", xlabel="iteration", yscale="symlog")
+    axes[2].set_yscale("symlog", linthresh=1e-7)
+    parts = ("seconds_rollout", "seconds_decode", "seconds_reward", "seconds_train")
+    stacked = [series(history, p)[1] for p in parts]
+    axes[3].stackplot(
+        x, stacked, labels=[p.removeprefix("seconds_") for p in parts], colors=[BLUE, GREEN, GREY, ORANGE]
+    )
+    axes[3].set(title="seconds an iteration", xlabel="iteration")
+    for ax in axes:
+        ax.legend(fontsize=8, frameon=False)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def tree(run, path: Path) -> None:
+    """Roll out the first held-out prompt's forest as in the last iteration, score it, and draw it with its credit."""
+    o, policy = run.o, run.policy
+    todo, prompt = plan(o, max(0, o.iterations - 1)), run.heldout[0]
+    forest, sampler = todo.forest, run.sampler()
+    policy.transformer.eval()
+    noise = generators(TREE_KEY, 0, range(1))
+    out = rollout(policy, policy.encode([prompt]), forest, sampler, noise, o.micro_batch, keep_x0hat=True)
+    levels = [x[0] for x in [*out.x0hat, out.latents[-1]]]  # (n_d, *latent) each
+    pictures = policy.decode(torch.cat(levels)).split(forest.sizes)
+    rewards = R.weighted_sum(R.score(run.rewards, pictures[-1], [prompt] * forest.leaves), run.weights)
+    fused, advantages = credit(out, forest, rewards[None], o.fusion_beta, o.adv_clip)
+    keep = prune(forest, fused, o.width_prune, todo.depth)
+    draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], fused[-1][0] + rewards.mean(), path)
+
+
+def draw_tree(forest, pictures, advantages, keep, rewards, path: Path) -> None:
+    """Thumbnails (n_d, 3, H, W) at (depth, height), edges between them; rewards (leaves,) beside the leaves."""
+    fig, ax = plt.subplots(figsize=(1.35 * (forest.steps + 2), 0.62 * forest.leaves + 1.2))
+    heights = [(np.arange(n) + 0.5) * forest.leaves / n for n in forest.sizes]
+    limit = max(1.0, max(float(a.abs().max()) for a in advantages))
+    shade = plt.cm.ScalarMappable(plt.Normalize(-limit, limit), "coolwarm_r")
+    for i in range(forest.steps):
+        parents = forest.parents(i)
+        lines = [((i, heights[i][p]), (i + 1, heights[i + 1][j])) for j, p in enumerate(parents)]
+        trained = keep[i] & forest.stochastic(i)
+        colours = [shade.to_rgba(a) if t else GREY for a, t in zip(advantages[i].tolist(), trained)]
+        dropped = forest.stochastic(i) & ~keep[i]
+        styles = ["dashed" if d else "solid" for d in dropped]
+        ax.add_collection(LineCollection(lines, colors=colours, linestyles=styles, lw=[3 if t else 1 for t in trained]))
+    zoom = 64 / pictures[0].shape[-1]
+    for d, level in enumerate(pictures):
+        for j, picture in enumerate(level):
+            box = OffsetImage(to_image(picture), zoom=zoom)
+            frame = {"edgecolor": GREY, "lw": 0.5}
+            ax.add_artist(AnnotationBbox(box, (d, heights[d][j]), pad=0.05, bboxprops=frame))
+    for j, r in enumerate(rewards.tolist()):
+        ax.text(forest.steps + 0.52, heights[-1][j], f"{r:.2f}", va="center", fontsize=9)
+    ax.set(xlim=(-0.6, forest.steps + 1.1), ylim=(forest.leaves + 0.2, -0.4), yticks=[])
+    ax.set_xticks(range(forest.steps + 1), [f"{d}\nnoise" if d == 0 else f"{d}" for d in range(forest.steps + 1)])
+    ax.set_xlabel("depth; clean estimate at each node. thick: trained; thin grey: deterministic; dashed: pruned")
+    ax.spines[:].set_visible(False)
+    fig.colorbar(shade, ax=ax, label="advantage (Eq. 4)", fraction=0.02, pad=0.01)
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+    plt.close(fig)

@@ -1,0 +1,132 @@
+"""One denoising step as a Gaussian, and the noise that siblings share.
+
+Idea: a flow model is an ODE from noise to data, dx = v dsigma. An SDE with the same marginals turns every step into a
+draw from a Gaussian whose density we know, so a trajectory becomes a policy that GRPO can push up or down.
+
+Direction of time: sigma_0 = 1 is pure noise, sigma_T = 0 is the picture; step i walks sigma_i -> sigma_{i+1}, so
+dt = sigma_{i+1} - sigma_i < 0. v = v_theta(x, sigma, prompt) points from data to noise.
+
+1. sigma_i        noise levels, shifted towards the noisy end          `sigma_schedule`
+2. mean, std      of x_{i+1} given x_i and v: dance, flow, cps or ode  `step_moments`
+3. log p          mean over dimensions of the Gaussian log-density     `gaussian_logp_mean`
+4. xi_b           noises of K siblings, correlated through s, Eq. 2    `branch_noise`
+
+Departures from the papers. The log-density is a MEAN over the D dimensions of a latent, the convention of DDPO,
+Flow-GRPO and DanceGRPO: with a sum every ratio would explode with D. CPS upstream drops the factor 1/(2 std^2) and the
+constants; here that is an option (`density="upstream"`) and the true density the default. The last step, to sigma_T = 0,
+is always `ode`: noise added there never reaches the reward.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+DEFAULT_ETA = {"dance": 0.3, "flow": 0.7, "cps": 0.8}  # the field's values for FLUX.1-dev (eta, a, a)
+
+
+def sigma_schedule(steps: int, shift: float = 3.0) -> Tensor:
+    """Noise levels of the sampler: u_i = 1 - i/T, sigma_i = shift u_i / (1 + (shift - 1) u_i).
+
+    Args:
+        steps: T >= 1, the number of denoising steps.
+        shift: > 0; 1 is uniform, 3 is the Flux setting of DanceGRPO and of arXiv:2509.06040v5.
+
+    Returns:
+        (T+1,) float64, decreasing from 1 to 0.
+
+    Raises:
+        ValueError: if steps < 1 or shift <= 0.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if shift <= 0:
+        raise ValueError(f"shift must be above 0, got {shift}")
+    u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def step_moments(
+    kind: str, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the next latent, x' ~ N(mean, std^2 I).
+
+    dance (arXiv:2505.07818): mean = x + v dt + (eta^2/2) (x - (1-sigma) x0hat)/sigma^2 dt, std = eta sqrt(-dt)
+    flow  (arXiv:2505.05470): mean = x (1 + s^2 dt/(2 sigma)) + v (1 + s^2 (1-sigma)/(2 sigma)) dt, std = s sqrt(-dt),
+                              s = a sqrt(sigma/(1-sigma)); where sigma = 1 the root takes sigma_1 instead
+    cps   (arXiv:2509.05952): mean = (1-sigma') x0hat + sqrt(sigma'^2 - std^2) x1hat, std = sigma' sin(a pi/2)
+    ode                     : mean = x + v dt, std = 0
+
+    with x0hat = x - sigma v (the clean estimate) and x1hat = x + (1-sigma) v (the noise estimate).
+
+    Args:
+        kind: "dance", "flow", "cps" or "ode".
+        x, v: (B, ...) latents and predicted velocities.
+        sigma, sigma_next: noise levels, broadcastable to x: (B, 1, ..., 1) or 0-d; sigma > sigma_next >= 0.
+        eta: noise strength (eta of dance, a of flow and cps); cps needs 0 < a < 1.
+        sigma_1: the second noise level of the schedule, used by flow at sigma = 1.
+
+    Returns:
+        mean (B, ...) and std, shaped like sigma.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    dt = sigma_next - sigma  # < 0
+    x0hat = x - sigma * v
+    if kind == "ode":
+        return x + v * dt, torch.zeros_like(dt)
+    if kind == "dance":
+        score_drift = (eta**2 / 2) * (x - (1 - sigma) * x0hat) / sigma**2
+        return x + v * dt + score_drift * dt, eta * (-dt).sqrt()
+    if kind == "flow":
+        s = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_1, sigma))).sqrt()
+        x_scale = 1 + s**2 * dt / (2 * sigma)
+        v_scale = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+        return x * x_scale + v * v_scale, s * (-dt).sqrt()
+    if kind == "cps":
+        std = sigma_next * math.sin(eta * math.pi / 2)
+        x1hat = x + (1 - sigma) * v
+        return (1 - sigma_next) * x0hat + (sigma_next**2 - std**2).sqrt() * x1hat, std
+    raise ValueError(f"unknown step {kind!r}: choose dance, flow, cps or ode")
+
+
+def gaussian_logp_mean(x: Tensor, mean: Tensor, std: Tensor, density: str = "true") -> Tensor:
+    """MEAN over the D dimensions of log N(x; mean, std^2 I), the policy's log-prob of one step.
+
+    log p = mean_D [ -(x - mean)^2 / (2 std^2) - log std - log(2 pi)/2 ]; "upstream" is Flow-CPS' -mean_D (x - mean)^2.
+
+    Args:
+        x, mean: (B, ...); std: > 0, broadcastable, constant over the D dimensions.
+        density: "true" or "upstream".
+
+    Returns:
+        (B,) log-densities, natural log, per dimension.
+    """
+    square = ((x - mean) ** 2).flatten(1).mean(1)  # (B,)
+    if density == "upstream":
+        return -square
+    std = std.expand(x.shape).flatten(1)[:, 0]  # (B,)
+    return -square / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
+
+
+def branch_noise(parents: int, branch: int, shape: tuple[int, ...], s: float, generator: torch.Generator) -> Tensor:
+    """Noises of siblings (Eq. 2, arXiv:2509.06040v5): xi_b = (xi_0 + s eta_b) / sqrt(1 + s^2).
+
+    xi_0 is shared by the K siblings of a parent, eta_b is each child's own. Every xi_b ~ N(0, I), whatever s, so a child
+    is distributed as a plain SDE step (hence the log-prob uses the unscaled std); Cov(xi_b, xi_b') = I / (1 + s^2).
+
+    Args:
+        parents, branch: number of parents and K, children each.
+        shape: of one latent.
+        s: >= 0; 4 is the paper's best; inf makes siblings independent.
+        generator: a CPU generator: the tree is the same on every device.
+
+    Returns:
+        (parents * branch, *shape) float32; the children of a parent are adjacent.
+    """
+    own = torch.randn(parents, branch, *shape, generator=generator)
+    if branch > 1 and math.isfinite(s):
+        shared = torch.randn(parents, 1, *shape, generator=generator)
+        own = (shared + s * own) / math.sqrt(1 + s**2)
+    return own.flatten(0, 1)

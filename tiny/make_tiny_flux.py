@@ -1,0 +1,263 @@
+"""Makes the embedded default: a small, real FLUX pipeline that draws short coloured words, and its prompts.
+
+    python tiny/make_tiny_flux.py            # writes tiny/flux, tiny/prompts_train.txt, tiny/prompts_heldout.txt
+
+Everything about the result is FLUX.1-dev's own format (FluxPipeline, FluxTransformer2DModel, AutoencoderKL with 8x
+downsampling and 16 channels, CLIP and T5 text encoders, FlowMatchEulerDiscreteScheduler); only the widths are small.
+
+1. Data. A prompt is `red "CAT"`: one of eight colours, 3 or 4 capital letters. The picture is 64 x 32, one letter in the
+   middle of each 16-pixel cell, DejaVu Sans Mono Bold (a font that matplotlib ships), on white.
+2. Held out. 256 strings are set aside first. A string that contains or is contained in one of them is never drawn, in
+   pre-training or in the RL prompts, so the model must spell: it cannot have remembered.
+3. Autoencoder. AutoencoderKL on random words: mean squared error + |error| + a small KL term.
+4. Flow. x_sigma = (1 - sigma) x_0 + sigma noise, the network predicts v = noise - x_0 (sigma = 1 is noise); sigma follows
+   the shift-3 schedule of inference. The T5 (bytes) and CLIP (characters) encoders are trained jointly.
+5. Stop early, on purpose: where there is something left to learn by RL.
+"""
+
+import functools
+import json
+import random
+import string
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import EMAModel
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+from tqdm import tqdm
+from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+
+HERE = Path(__file__).parent
+COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "teal")
+HEIGHT, WIDTH, CELL, FONT_SIZE = 32, 64, 12, 20
+LEFT, LENGTHS = 2, (3, 4, 5)
+FACES = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique")  # matplotlib ships them
+GUIDANCE = 3.5  # FLUX.1-dev's default; the tiny model has seen no other value
+SHIFT = 3.0
+WORDS = """ace act add age air ant arm art ask axe bag bat bed bee big box boy bus buy cab cap car cat cow cry cup day dog dry
+ ear egg elf end eye fan far fig fit fix fly fog fox fun gas gem get gum hat hen hot hub ice ink jam jar jet job joy
+ key kid kit lab law leg lip log low mad map mix mud net new now nut oak oil old one owl pan pen pet pie pig pot ram
+ rat raw red rib rim row rug sad saw sea sew shy sir sky son sum sun tap tax tea ten tie tin toe top toy tub two van
+ vet wax web wet why win yes zap zoo able aqua baby ball band bank barn bear bell bird blue boat bold bone book bulb
+ cake calm camp card cave chef city clay coat code coin cold cook cool corn crab crow cube dark dawn deer desk dice
+ dish door down dune dusk dust echo edge epic face fact farm fast film fire fish five flag flow fork four free frog
+ fuel game gate gift girl give glow goat gold good grid grow hand harp hawk heat hero high hill holy home hope horn
+ hour idea iron jazz joke jump june keen keep kind king kite kiwi lake lamp leaf lime line lion long loud love luck
+ luna milk mint moon nest note oval page palm park path peak pear pink play poem pond quiz rain ring rock root rose
+ ruby sail salt sand seed ship shop silk sing snow soap song soup star swim taco tree tuna unit vase view vote wave
+ west wild wind wing wolf wood word yarn year yoga zero zinc zone apple beach bread brick chair chess cloud dance
+ dream eagle earth fairy flame fruit ghost giant grape green happy heart honey horse house juice knife lemon light
+ lucky magic maple metal money mouse music night ocean olive onion paint paper party peach piano pilot pizza plant
+ queen quick quiet radio river robot royal salad shark sheep shell smile snake solar space spoon storm sugar sunny
+ sweet table tiger toast torch tower train truck tulip uncle vapor video viola voice water whale wheat world young
+ zebra""".upper().split()
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+@functools.cache
+def load_face(face: str) -> ImageFont.FreeTypeFont:
+    """A font file of matplotlib's, at the size that fills a cell."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), f"fonts/ttf/{face}.ttf"), FONT_SIZE)
+
+
+def draw(word: str, colour: str, face: str) -> np.ndarray:
+    """Draw `word` in `colour`, a letter in the middle of each cell, from the left: returns (32, 64, 3) uint8."""
+    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen = ImageDraw.Draw(picture)
+    for i, letter in enumerate(word):
+        at = (LEFT + CELL * i + CELL / 2, HEIGHT / 2)
+        pen.text(at, letter, ImageColor.getrgb(colour), load_face(face), anchor="mm")
+    return np.asarray(picture)
+
+
+def pieces(word: str) -> set[str]:
+    """All substrings of at least three letters, the word itself included."""
+    return {word[a:b] for a in range(len(word)) for b in range(a + 3, len(word) + 1)}
+
+
+class Words:
+    """Strings to train on: none contains, or is contained in, a held-out one.
+
+    Args:
+        rng: draws letters, colours and faces.
+        heldout: the strings set aside.
+    """
+
+    def __init__(self, rng: random.Random, heldout: list[str]):
+        self.rng, self.heldout = rng, set(heldout)
+        self.inside = set().union(*map(pieces, heldout))  # what a held-out string contains
+
+    def draw(self) -> str:
+        """3 to 5 random capitals."""
+        while True:
+            word = "".join(self.rng.choices(string.ascii_uppercase, k=self.rng.choice(LENGTHS)))
+            if word not in self.inside and not pieces(word) & self.heldout:
+                return word
+
+    def batch(self, n: int) -> tuple[list[str], torch.Tensor]:
+        """n random prompts and their pictures in [-1, 1]: (n, 3, 32, 64)."""
+        rows = [(self.draw(), self.rng.choice(COLOURS), self.rng.choice(FACES)) for _ in range(n)]
+        pixels = torch.from_numpy(np.stack([draw(*row) for row in rows]))
+        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return [f'{colour} "{word}"' for word, colour, _ in rows], x.contiguous(memory_format=torch.channels_last)
+
+
+def choose_heldout(rng: random.Random, n: int) -> list[str]:
+    """n distinct strings of 3 to 5 letters: half English words, which read well in a picture, half random."""
+    words = sorted({w for w in WORDS if len(w) in LENGTHS})
+    heldout = dict.fromkeys(rng.sample(words, n // 2))
+    while len(heldout) < n:
+        heldout["".join(rng.choices(string.ascii_uppercase, k=rng.choice(LENGTHS)))] = None
+    return list(heldout)
+
+
+def write_prompts(rng: random.Random, words: Words, heldout: list[str], n_train: int, folder: Path) -> None:
+    """prompts_heldout.txt and prompts_train.txt, a prompt a line, the colours in turn."""
+    train = {}
+    while len(train) < n_train:
+        train[words.draw()] = None
+    for name, strings in (("heldout", heldout), ("train", train)):
+        lines = [f'{COLOURS[i % len(COLOURS)]} "{w}"\n' for i, w in enumerate(strings)]
+        (folder / f"prompts_{name}.txt").write_text("".join(lines))
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+def build(folder: Path) -> FluxPipeline:
+    """A FluxPipeline with random weights; about 0.7M (VAE) + 2.9M (transformer) + 0.5M (text) parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=16,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=3,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    characters = ["<|startoftext|>", "<|endoftext|>"]
+    characters += [c + end for c in string.ascii_letters + string.digits + '"' for end in ("", "</w>")]
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    vocab.write_text(json.dumps({c: i for i, c in enumerate(characters)}))
+    merges.write_text("#version: 0.2\n")
+    clip = CLIPTextConfig(
+        vocab_size=len(characters),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        projection_dim=64,
+    )
+    t5 = T5Config(
+        vocab_size=384,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=32,
+        dropout_rate=0.0,
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae,
+        transformer=transformer,
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=CLIPTokenizer(str(vocab), str(merges), model_max_length=16),
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=ByT5Tokenizer(extra_ids=0, model_max_length=16),
+    )
+    vocab.unlink(), merges.unlink()
+    return pipe
+
+
+def train_vae(vae: AutoencoderKL, words: Words, steps: int) -> None:
+    """Fit the autoencoder, then set its scaling and shift so that latents have mean 0 and std 1, as FLUX.1-dev does."""
+    vae.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    bar = tqdm(range(steps), desc="autoencoder", file=sys.stderr)
+    for _ in bar:
+        _, x = words.batch(16)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        loss = F.mse_loss(y, x) + 0.2 * F.l1_loss(y, x) + 1e-6 * posterior.kl().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+    vae.eval()
+    with torch.no_grad():
+        z = torch.cat([vae.encode(words.batch(64)[1]).latent_dist.sample() for _ in range(8)])
+    vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
+
+
+def flow_loss(pipe: FluxPipeline, prompts: list[str], x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Conditional flow matching: || v_theta(x_sigma, sigma, prompt) - (noise - x_0) ||^2, mean over the batch."""
+    with torch.no_grad():
+        config = pipe.vae.config
+        z = (pipe.vae.encode(x).latent_dist.mean - config.shift_factor) * config.scaling_factor
+        n, c, h, w = z.shape
+        x0 = pipe._pack_latents(z, n, c, h, w)  # (n, 8, 64)
+    noise = torch.randn(x0.shape, generator=generator)
+    u = torch.rand(n, generator=generator)
+    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+    x_sigma = torch.lerp(x0, noise, sigma.view(-1, 1, 1))
+    embeds, pooled, text_ids = pipe.encode_prompt(prompts, None, max_sequence_length=16)
+    v = pipe.transformer(
+        hidden_states=x_sigma,
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        timestep=sigma,
+        guidance=torch.full((n,), GUIDANCE),
+        img_ids=pipe._prepare_latent_image_ids(n, h // 2, w // 2, x.device, x0.dtype),
+        txt_ids=text_ids,
+        return_dict=False,
+    )[0]
+    return F.mse_loss(v, noise - x0)
+
+
+def train_flow(pipe: FluxPipeline, words: Words, steps: int, seed: int) -> None:
+    """Train transformer and text encoders together; the pipeline is left with the EMA weights."""
+    modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 100))
+    ema = EMAModel(modules.parameters(), decay=0.995)
+    bar = tqdm(range(steps), desc="flow", file=sys.stderr)
+    for _ in bar:
+        loss = flow_loss(pipe, *words.batch(64), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.step(modules.parameters())
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+    ema.copy_to(modules.parameters())
+    modules.eval()

@@ -1,0 +1,40 @@
+"""Trains an image model with BranchGRPO: `python train_image.py`, or `python train_image.py --branch 4 --depth-prune`.
+
+With no flag it takes the embedded default, a small real FLUX that draws coloured words, and rewards that read them:
+
+1. flags are checked and resolved (flags.py), the counts of the tree printed (tree.py)
+2. policy and rewards are loaded (policies.py, rewards.py)
+3. held-out prompts are evaluated, the loop runs (loop.py, branchgrpo.py), held-out prompts are evaluated again
+4. pictures are written (report.py): before_after.png, curves.png, tree.png, and the trained model in OUT/model
+
+Progress goes to stderr; the last line on stdout is one JSON document. Bad input is one sentence and exit code 2.
+"""
+
+import json
+import sys
+
+import flags
+import loop
+import report
+from branchgrpo import NonFinite
+from policies import FluxPolicy
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, resolve, train, report."""
+    tiny = flags.HERE / "tiny"
+    parser = flags.parser(__doc__.splitlines()[0], str(tiny / "flux"), height=32, width=64, reward="ocr:1,colour:1")
+    o = parser.parse_args(argv)
+    try:
+        flags.resolve(o)
+        prompts, heldout = flags.load_prompts(o, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
+        print(flags.describe(o, prompts, heldout))
+        document = loop.main(o, FluxPolicy, prompts, heldout, report.write)
+    except (ValueError, NonFinite) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
