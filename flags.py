@@ -15,6 +15,7 @@ from tree import count, make_forest, parse_splits, spread_splits
 
 HERE = Path(__file__).parent
 TREE_FLAGS = ("branch", "splits", "roots", "branch_noise", "width_prune", "depth_prune")
+BARE = -1  # a flag given without its value
 MAY_CHANGE = ("resume", "out", "eval_every", "save_every", "device", "micro_batch")  # between a run and its resumption
 
 
@@ -28,6 +29,27 @@ def text_or_number(text: str) -> str | int:
         raise argparse.ArgumentTypeError(f"parent-top1 or extreme-B with B a whole number, got {text!r}") from None
 
 
+def number(kind: type, low: float, high: float = math.inf, above=False, below=False):
+    """An argparse type: a number of one kind in [low, high], without its ends where `above` or `below` says so."""
+    rule = f"{'above' if above else 'at least'} {low}"
+    rule += f" and {'below' if below else 'at most'} {high}" if math.isfinite(high) else ""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high) or (above and value == low) or (below and value == high):
+            raise argparse.ArgumentTypeError(f"must be {'a whole number ' if kind is int else ''}{rule}, got {text!r}")
+        return value
+
+    return parse
+
+
+COUNT, FROM_ZERO = number(int, 1), number(int, 0)
+POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default, except those that depend on other flags: their help says what they become."""
 
@@ -35,131 +57,91 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage of fifty flags before it."""
+
+    def error(self, message):
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
 def parser(description: str, model: str, height: int, width: int, reward: str) -> argparse.ArgumentParser:
     """All flags; the arguments are the defaults in which image and video differ."""
-    p = argparse.ArgumentParser(description=description, formatter_class=Help, allow_abbrev=False)
-    g = p.add_argument_group("model and data")
-    g.add_argument("--model", default=model, help="folder or hub id of a diffusers pipeline")
-    g.add_argument("--prompts", help="text file, a prompt a line; default: those of the embedded model")
-    g.add_argument("--eval-prompts", help="held-out prompts, a line each; default: the last tenth of --prompts")
-    g.add_argument("--height", type=int, default=height, help="pixels (paper: 720)")
-    g.add_argument("--width", type=int, default=width, help="pixels (paper: 720)")
-    g.add_argument("--guidance", type=float, default=3.5, help="embedded guidance scale (FLUX.1-dev: 3.5)")
-    g.add_argument(
-        "--lora", type=int, default=0, help="LoRA rank, alpha = 2 rank; 0 trains all weights (Flow-GRPO: 64)"
-    )
-
-    g = p.add_argument_group("tree")
-    g.add_argument("--method", choices=METHODS, help="default: branchgrpo-mix, or branchgrpo with --*-prune")
-    g.add_argument("--steps", type=int, default=10, help="denoising steps T (paper: 20)")
-    g.add_argument("--shift", type=float, default=3.0, help="shift of the noise levels (paper: 3)")
-    g.add_argument("--leaves", type=int, help="pictures a prompt; default: 16 (paper), or what --splits imply")
-    g.add_argument("--branch", type=int, help="K, children of a node at a split; default: 2 (paper)")
-    g.add_argument("--splits", type=parse_splits, help="split steps, as in 0,3,6,9; default: log_K(leaves), first half")
-    g.add_argument("--roots", type=int, help="independent trees a prompt; default: 1 (paper)")
-    g.add_argument("--branch-noise", type=float, help="s of Eq. 2, inf = independent siblings; default: 4 (paper)")
-    g.add_argument(
-        "--mix", type=int, nargs="?", const=-1, help="stochastic window, in steps; bare: T/5 (paper: 4 of 20)"
-    )
-    g.add_argument("--mix-every", type=int, help="iterations a window step; default: sweep once (MixGRPO: 25)")
-    g.add_argument(
-        "--width-prune", type=text_or_number, nargs="?", const="parent-top1", help="parent-top1 or extreme-B"
-    )
-    g.add_argument("--depth-prune", type=int, nargs="?", const=-1, help="window of dropped steps; bare: T/4 (paper: 5)")
-    g.add_argument("--depth-every", type=int, help="iterations a window step; default: sweep once (paper: 30)")
-    g.add_argument("--depth-stop", type=int, help="step at which the window's end stays; default: the last stochastic")
-
-    g = p.add_argument_group("steps")
-    g.add_argument("--sde", choices=("dance", "flow", "cps"), help="kind of stochastic step; default: the method's own")
-    g.add_argument("--eta", type=float, help="noise strength; default: tuned (FLUX.1-dev: dance .3, flow .7, cps .8)")
-    g.add_argument("--cps-density", dest="cps_density", choices=("true", "upstream"), default="true", help="see sde.py")
-
-    g = p.add_argument_group("credit and loss")
-    g.add_argument("--reward", default=reward, help=f"name:weight,... of {', '.join(REWARDS)}")
-    g.add_argument("--watch", default="auto", help="rewards to measure only; auto: ocr, colour where all prompts allow")
-    g.add_argument("--fusion-beta", type=float, default=1.0, help="beta of Eq. 3; 0 = plain mean (paper: 1)")
-    g.add_argument("--adv-clip", type=float, default=5.0, help="A_max (DanceGRPO: 5)")
-    g.add_argument(
-        "--loss-weight", choices=("edge", "path"), default="path", help="see branchgrpo.gather (paper: edge)"
-    )
-    g.add_argument("--clip", type=float, default=1e-4, help="clip range of the ratio (DanceGRPO: 1e-4)")
-    g.add_argument("--kl", type=float, default=0.0, help="weight of the KL to the untrained model (Flux: 0)")
-    g.add_argument("--timestep-fraction", type=float, default=1.0, help="share of stochastic steps trained (DanceGRPO)")
-
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--iterations", type=int, default=300, help="0 only evaluates (paper: 300)")
-    g.add_argument("--prompts-per-iteration", type=int, default=8, help="over all processes")
-    g.add_argument("--updates", type=int, default=1, help="optimiser steps an iteration; 1 is exactly on-policy")
-    g.add_argument("--lr", type=float, default=1e-4, help="AdamW (paper: 1e-5 full, field: 3e-4 LoRA)")
-    g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW (paper: 1e-4)")
-    g.add_argument("--max-grad-norm", type=float, default=1.0, help="0 = no clipping (field: 1; .01 cures collapses)")
-    g.add_argument(
-        "--ema", type=float, default=0.0, help="decay of the weights evaluated and saved; 0 = off (paper: .995)"
-    )
-    g.add_argument("--micro-batch", type=int, default=64, help="most nodes in a transformer call; 0 = no limit")
-
-    g = p.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0, help="of prompts order and noise; held-out noises never change")
-    g.add_argument("--out", help="the run's folder; default: runs/METHOD-DATE")
-    g.add_argument(
-        "--resume", nargs="?", const="", metavar="OUT", help="continue a run; bare: --out, or the newest in runs"
-    )
-    g.add_argument("--eval-every", type=int, default=25, help="iterations between held-out evaluations")
-    g.add_argument("--eval-size", type=int, default=256, help="held-out prompt-noise pairs")
-    g.add_argument("--save-every", type=int, default=50, help="iterations between checkpoints; the last two are kept")
-    g.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one"
-    )
-    g.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
+    p = Parser(description=description, formatter_class=Help, allow_abbrev=False)
+    g = p.add_argument_group("model and data").add_argument
+    g("--model", default=model, help="folder or hub id of a diffusers pipeline")
+    g("--prompts", help="text file, a prompt a line; default: those of the embedded model")
+    g("--eval-prompts", help="held-out prompts, a line each; default: the last tenth of --prompts")
+    g("--height", type=COUNT, default=height, help="pixels (paper: 720)")
+    g("--width", type=COUNT, default=width, help="pixels (paper: 720)")
+    g("--guidance", type=NOT_NEGATIVE, default=3.5, help="embedded guidance scale (FLUX.1-dev: 3.5)")
+    g("--lora", type=FROM_ZERO, default=0, help="LoRA rank, alpha = 2 rank; 0 trains all weights (Flow-GRPO: 64)")
+    add_tree_flags(p.add_argument_group("tree").add_argument)
+    add_learning_flags(p, reward)
+    g = p.add_argument_group("run").add_argument
+    g("--seed", type=FROM_ZERO, default=0, help="of prompts order and noise; held-out noises never change")
+    g("--out", help="the run's folder; default: runs/METHOD-DATE")
+    g("--resume", nargs="?", const="", metavar="OUT", help="continue a run; bare: --out, or the newest in runs")
+    g("--eval-every", type=COUNT, default=25, help="iterations between held-out evaluations")
+    g("--eval-size", type=COUNT, default=256, help="held-out prompt-noise pairs")
+    g("--save-every", type=COUNT, default=50, help="iterations between checkpoints; the last two are kept")
+    g("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
+    g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
     return p
 
 
+def add_tree_flags(g) -> None:
+    """The shape of the forest, what is stochastic, what is pruned; None is decided in `resolve_tree`."""
+    g("--method", choices=METHODS, help="default: branchgrpo-mix, or branchgrpo with --*-prune")
+    g("--steps", type=number(int, 2), default=10, help="denoising steps T (paper: 20)")
+    g("--shift", type=POSITIVE, default=3.0, help="shift of the noise levels (paper: 3)")
+    g("--leaves", type=number(int, 2), help="pictures a prompt; default: 16 (paper), or what --splits imply")
+    g("--branch", type=number(int, 2), help="K, children of a node at a split; default: 2 (paper)")
+    g("--splits", type=parse_splits, help="split steps, as in 0,3,6,9; default: log_K(leaves), first half")
+    g("--roots", type=COUNT, help="independent trees a prompt; default: 1 (paper)")
+    g("--branch-noise", type=NOT_NEGATIVE, help="s of Eq. 2, inf = independent siblings; default: 4 (paper)")
+    g("--mix", type=FROM_ZERO, nargs="?", const=BARE, help="stochastic window, in steps; bare: T/5 (paper: 4 of 20)")
+    g("--mix-every", type=COUNT, help="iterations a window step; default: sweep once (MixGRPO: 25)")
+    g("--width-prune", type=text_or_number, nargs="?", const="parent-top1", help="parent-top1 or extreme-B")
+    g("--depth-prune", type=COUNT, nargs="?", const=BARE, help="window of dropped steps; bare: T/4 (paper: 5 of 20)")
+    g("--depth-every", type=COUNT, help="iterations a window step; default: sweep once (paper: 30)")
+    g("--depth-stop", type=FROM_ZERO, help="step at which the window's end stays; default: the last stochastic one")
+
+
+def add_learning_flags(p, reward: str) -> None:
+    """Steps, credit, loss and optimisation."""
+    g = p.add_argument_group("steps").add_argument
+    g("--sde", choices=("dance", "flow", "cps"), help="kind of stochastic step; default: the method's own")
+    g("--eta", type=POSITIVE, help="noise strength; default: tuned (FLUX.1-dev: dance .3, flow .7, cps .8)")
+    g("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
+    g = p.add_argument_group("credit and loss").add_argument
+    g("--reward", default=reward, help=f"name:weight,... of {', '.join(REWARDS)}")
+    g("--watch", default="auto", help="rewards to measure only; auto: ocr, colour where all prompts allow")
+    g("--fusion-beta", type=NOT_NEGATIVE, default=1.0, help="beta of Eq. 3; 0 = plain mean (paper: 1)")
+    g("--adv-clip", type=POSITIVE, default=5.0, help="A_max (DanceGRPO: 5)")
+    g("--loss-weight", choices=("edge", "path"), default="path", help="see branchgrpo.gather (paper: edge)")
+    g("--clip", type=number(float, 0, 1, above=True), default=1e-4, help="clip range of the ratio (DanceGRPO: 1e-4)")
+    g("--kl", type=NOT_NEGATIVE, default=0.0, help="weight of the KL to the untrained model (Flux: 0)")
+    fraction = number(float, 0, 1, above=True)
+    g(
+        "--timestep-fraction",
+        type=fraction,
+        default=1.0,
+        help="share of the stochastic steps trained (DanceGRPO: .6, 1)",
+    )
+    g = p.add_argument_group("optimisation").add_argument
+    g("--iterations", type=FROM_ZERO, default=300, help="0 only evaluates (paper: 300)")
+    g("--prompts-per-iteration", type=COUNT, default=8, help="over all processes")
+    g("--updates", type=COUNT, default=1, help="optimiser steps an iteration; 1 is exactly on-policy")
+    g("--lr", type=POSITIVE, default=1e-4, help="AdamW (paper: 1e-5 full, field: 3e-4 LoRA)")
+    g("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="AdamW (paper: 1e-4)")
+    g("--max-grad-norm", type=NOT_NEGATIVE, default=1.0, help="0 = no clipping (field: 1; .01 cures collapses)")
+    decay = number(float, 0, 1, below=True)
+    g("--ema", type=decay, default=0.0, help="decay of the weights evaluated and saved; 0 = off (paper: .995)")
+    g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
+
+
 # ------------------------------------------------------------------------------------------------------------- resolve
-RANGES = {  # flag: (lowest, highest, words)
-    "steps": (2, math.inf, "at least 2"),
-    "iterations": (0, math.inf, "at least 0"),
-    "eta": (0, math.inf, "above 0"),
-    "shift": (0, math.inf, "above 0"),
-    "branch_noise": (0, math.inf, "at least 0"),
-    "fusion_beta": (0, math.inf, "at least 0"),
-    "adv_clip": (0, math.inf, "above 0"),
-    "clip": (0, 1, "above 0 and at most 1"),
-    "kl": (0, math.inf, "at least 0"),
-    "timestep_fraction": (0, 1, "above 0 and at most 1"),
-    "prompts_per_iteration": (1, math.inf, "at least 1"),
-    "updates": (1, math.inf, "at least 1"),
-    "lr": (0, math.inf, "above 0"),
-    "weight_decay": (0, math.inf, "at least 0"),
-    "max_grad_norm": (0, math.inf, "at least 0"),
-    "ema": (0, 1, "at least 0 and below 1"),
-    "micro_batch": (0, math.inf, "at least 0"),
-    "lora": (0, math.inf, "at least 0"),
-    "leaves": (2, math.inf, "at least 2"),
-    "mix_every": (1, math.inf, "at least 1"),
-    "depth_every": (1, math.inf, "at least 1"),
-    "eval_every": (1, math.inf, "at least 1"),
-    "eval_size": (1, math.inf, "at least 1"),
-    "save_every": (1, math.inf, "at least 1"),
-    "seed": (0, math.inf, "at least 0"),
-}
-
-
-def check_ranges(o) -> None:
-    """Every number lies where its flag allows.
-
-    Raises:
-        ValueError: the flag, what is allowed, the value.
-    """
-    for name, (low, high, words) in RANGES.items():
-        value = getattr(o, name)
-        open_below, open_above = "above 0" in words, "below 1" in words
-        if value is None:
-            continue
-        inside = low <= value <= high and not (open_below and value <= low) and not (open_above and value >= high)
-        if not inside:  # also where it is NaN
-            raise ValueError(f"--{name.replace('_', '-')} must be {words}, got {value}")
-
-
 def resolve_tree(o) -> None:
     """Decide method, splits, leaves and windows from what was given; explicit --splits win and imply the leaves."""
     pruned = o.depth_prune is not None or o.width_prune is not None
@@ -189,8 +171,8 @@ def resolve_tree(o) -> None:
             )
         o.leaves = leaves
     o.leaves = o.leaves or 16
-    o.mix = default_mix(o) if o.mix in (None, -1) else o.mix
-    o.depth_prune = round(o.steps / 4) if o.depth_prune == -1 else o.depth_prune
+    o.mix = default_mix(o) if o.mix in (None, BARE) else o.mix
+    o.depth_prune = round(o.steps / 4) if o.depth_prune == BARE else o.depth_prune
     check_windows(o)
 
 
@@ -231,7 +213,6 @@ def resolve(o) -> None:
     Raises:
         ValueError: one sentence: the flag, the value, what is allowed.
     """
-    check_ranges(o)
     resolve_tree(o)
     o.sde = o.sde or DEFAULT_SDE[o.method]
     o.eta = TUNED_ETA[o.sde][o.method in ("branchgrpo", "dancegrpo", "flowgrpo")] if o.eta is None else o.eta

@@ -53,7 +53,7 @@ def load_pipeline(model: str, wanted: type, dtype: torch.dtype) -> DiffusionPipe
         config = config if Path(model).is_dir() else DiffusionPipeline.load_config(model)
         if config["_class_name"] != wanted.__name__:
             raise ValueError(f"--model {model} is a {config['_class_name']}; a {wanted.__name__} is needed here")
-        return wanted.from_pretrained(model, torch_dtype=dtype)
+        return wanted.from_pretrained(model, dtype=dtype)
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
@@ -158,6 +158,10 @@ class FluxPolicy:
     def save(self, folder: Path) -> None:
         """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`."""
         if self.lora:
-            FluxPipeline.save_lora_weights(folder, get_peft_model_state_dict(self.pipe.transformer))
+            model = self.pipe.transformer
+            rank_and_alpha = model.peft_config["default"].to_dict()
+            self.pipeline_class.save_lora_weights(
+                folder, get_peft_model_state_dict(model), transformer_lora_adapter_metadata=rank_and_alpha
+            )
         else:
             self.pipe.save_pretrained(folder)

@@ -15,11 +15,15 @@ downsampling and 16 channels, CLIP and T5 text encoders, FlowMatchEulerDiscreteS
 5. Stop early, on purpose: where there is something left to learn by RL.
 """
 
+import argparse
 import functools
 import json
 import random
 import string
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import matplotlib
@@ -116,7 +120,7 @@ def choose_heldout(rng: random.Random, n: int) -> list[str]:
     return list(heldout)
 
 
-def write_prompts(rng: random.Random, words: Words, heldout: list[str], n_train: int, folder: Path) -> None:
+def write_prompts(words: Words, heldout: list[str], n_train: int, folder: Path) -> None:
     """prompts_heldout.txt and prompts_train.txt, a prompt a line, the colours in turn."""
     train = {}
     while len(train) < n_train:
@@ -261,3 +265,62 @@ def train_flow(pipe: FluxPipeline, words: Words, steps: int, seed: int) -> None:
         bar.set_postfix(loss=f"{loss.item():.4f}")
     ema.copy_to(modules.parameters())
     modules.eval()
+
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# A tiny FLUX that spells
+
+`{command}` made this FluxPipeline in {minutes:.0f} minutes on one core. It draws words of 3 to 5 capitals, 64 x 32 pixels,
+from prompts such as `red "CAT"`, in {colours}; guidance 3.5, shift 3, 10 steps.
+
+Pre-training was stopped early on purpose: on 256 held-out prompts, whose strings neither contain nor are contained in a string
+that was trained on, {exact:.1%} of the words are read exactly by PP-OCRv6 (mean ocr reward {ocr:.3f}, colour {colour:.3f}).
+What is left to learn is for reinforcement learning.
+
+Parameters: {parameters}. Weights in half precision. Licence Apache-2.0, as the project. Training pictures are drawn on the fly
+with DejaVu Sans Mono, its bold and its oblique, from matplotlib (Bitstream Vera and DejaVu licence, free to use).
+"""
+
+
+def main() -> None:
+    """Make prompts, autoencoder, transformer and card; the same seed and versions give the same model."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "flux", help="folder of the pipeline; prompts go beside it")
+    parser.add_argument("--vae-steps", type=int, default=2400, help="of 16 pictures; 4 minutes on one core")
+    parser.add_argument("--flow-steps", type=int, default=800, help="of 64 pictures; 5 minutes on one core")
+    parser.add_argument("--seed", type=int, default=0, help="of everything")
+    o = parser.parse_args()
+    began = time.perf_counter()
+    torch.manual_seed(o.seed)
+    heldout = choose_heldout(random.Random(o.seed), 256)
+    words = Words(random.Random(o.seed + 1), heldout)
+    pipe = build(o.out)
+    write_prompts(words, heldout, 2048, o.out.parent)
+    train_vae(pipe.vae, words, o.vae_steps)
+    train_flow(pipe, words, o.flow_steps, o.seed)
+    pipe.to(torch.float16).save_pretrained(o.out)
+
+    script = [sys.executable, str(HERE.parent / "train_image.py"), "--iterations", "0", "--model", str(o.out)]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([*script, "--out", folder], check=True, capture_output=True, text=True)
+    scores = json.loads(done.stdout.splitlines()[-1])
+    parts = {"VAE": pipe.vae, "transformer": pipe.transformer, "CLIP": pipe.text_encoder, "T5": pipe.text_encoder_2}
+    card = CARD.format(
+        command="python tiny/make_tiny_flux.py",
+        minutes=(time.perf_counter() - began) / 60,
+        colours=", ".join(COLOURS),
+        exact=scores["exact_before"],
+        ocr=scores["ocr_before"],
+        colour=scores["colour_before"],
+        parameters=", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()),
+    )
+    (o.out / "README.md").write_text(card)
+    print(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The Flux policy against diffusers' own pipeline, on a random model of the embedded one's shape."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from branchgrpo import Sampler, sample_ode
+from policies import FluxPolicy, load_pipeline, repeat_cond, take_cond
+from sde import sigma_schedule
+from tiny.make_tiny_flux import build
+
+PROMPTS = ['red "CAT"', 'blue "HOUSE"', 'teal "OWL"']
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("flux")
+    pipe = build(path)
+    pipe.vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)  # values that a typed-in constant would miss
+    pipe.save_pretrained(path)
+    return path
+
+
+def load(folder, **kwargs):
+    return FluxPolicy.load(str(folder), 32, 64, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (48, 32)])
+def test_ode_equals_the_pipeline(folder, shape):
+    """The same noise through FluxPipeline(...) and through encode, velocity, the ODE walk and decode: the same pictures."""
+    policy = FluxPolicy.load(str(folder), *shape, guidance=2.0)
+    noise = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+    sampler = Sampler(sigma_schedule(5, 3.0), "dance", 0.3)
+    ours = policy.decode(sample_ode(policy, policy.encode(PROMPTS), sampler, noise))
+    pipe = FluxPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": shape[0], "width": shape[1], "max_sequence_length": 16}
+    kwargs = {"guidance_scale": 2.0, "num_inference_steps": 5, "latents": noise, "output_type": "pt"}
+    theirs = pipe(PROMPTS, **size, **kwargs).images
+    assert ours.shape == (3, 3, *shape)
+    assert (ours - theirs).abs().max() < 2e-5
+
+
+def test_every_row_has_its_own_prompt_and_sigma(folder):
+    policy = load(folder)
+    x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(2))
+    sigma, cond = torch.tensor([1.0, 0.5, 0.1]), policy.encode(PROMPTS)
+    with torch.no_grad():
+        together = policy.velocity(x, sigma, cond)
+        alone = [policy.velocity(x[i : i + 1], sigma[i : i + 1], policy.encode(PROMPTS[i : i + 1])) for i in range(3)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
+def test_cond_helpers():
+    cond = {"a": torch.arange(3)}
+    assert repeat_cond(cond, 2)["a"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert take_cond(cond, torch.tensor([2, 0]))["a"].tolist() == [2, 0]
+
+
+def test_only_the_transformer_is_trained(folder):
+    policy = load(folder)
+    v = policy.velocity(torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(PROMPTS[:1]))
+    v.square().mean().backward()
+    parts = (policy.pipe.vae, policy.pipe.text_encoder, policy.pipe.text_encoder_2)
+    assert not any(p.requires_grad for part in parts for p in part.parameters())
+    assert len(policy.trainable()) == len(list(policy.transformer.parameters()))
+    assert sum(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.trainable()) > 100
+
+
+def test_lora_trains_adapters_only_and_its_reference_is_the_base(folder, tmp_path):
+    """Adapters off is the untrained model, before and after a step; the saved file loads into a fresh pipeline."""
+    policy, base = load(folder, lora=4, keep_reference=True), load(folder)
+    x, sigma = torch.randn(2, *policy.latent_shape), torch.tensor([0.9, 0.4])
+    cond = policy.encode(PROMPTS[:2])
+    plain = base.velocity(x, sigma, cond)
+    assert torch.allclose(policy.velocity(x, sigma, cond), plain, atol=1e-6)  # B starts at 0
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    trained = policy.velocity(x, sigma, cond)
+    assert (trained - plain).abs().max() > 1e-3
+    assert torch.allclose(policy.velocity(x, sigma, cond, reference=True), plain, atol=1e-6)
+    assert policy.velocity(x, sigma, cond).requires_grad  # adapters are back on, and still trained
+    policy.save(tmp_path)
+    fresh = FluxPipeline.from_pretrained(folder)
+    fresh.load_lora_weights(tmp_path)
+    loaded = FluxPolicy(fresh, 32, 64)
+    # alpha / rank is 2: diffusers restores it from the file's metadata
+    assert torch.allclose(loaded.velocity(x, sigma, cond), trained, atol=1e-5)
+
+
+def test_reference_copy_without_lora(folder):
+    policy = load(folder, keep_reference=True)
+    x, sigma, cond = torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(PROMPTS[:1])
+    before = policy.velocity(x, sigma, cond)
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.mul_(1.1)
+    assert torch.allclose(policy.velocity(x, sigma, cond, reference=True), before, atol=1e-6)
+    assert not torch.allclose(policy.velocity(x, sigma, cond), before, atol=1e-4)
+
+
+def test_bf16_keeps_fp32_master_weights(folder):
+    policy = load(folder, dtype=torch.bfloat16)
+    v = policy.velocity(torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(PROMPTS[:1]))
+    assert v.dtype == torch.float32 and {p.dtype for p in policy.trainable()} == {torch.float32}
+    assert policy.pipe.vae.dtype == torch.bfloat16
+    assert policy.decode(torch.randn(1, *policy.latent_shape)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("flag, size", [("--height", (40, 64)), ("--width", (32, 8))])
+def test_sizes_must_divide(folder, flag, size):
+    with pytest.raises(ValueError, match=f"{flag} must be a positive multiple of 16"):
+        FluxPolicy.load(str(folder), *size)
+
+
+def test_a_broken_checkpoint_is_one_sentence(folder, tmp_path):
+    with pytest.raises(ValueError, match="no model_index.json"):
+        load_pipeline(str(tmp_path), FluxPipeline, torch.float32)
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    shutil.rmtree(broken / "text_encoder_2")
+    with pytest.raises(ValueError, match="'text_encoder_2' is missing"):
+        load_pipeline(str(broken), FluxPipeline, torch.float32)
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    assert index["_class_name"] == "FluxPipeline"
+    with pytest.raises(ValueError, match="is a WanPipeline; a FluxPipeline is needed"):
+        load_pipeline(str(tmp_path), FluxPipeline, torch.float32)
+    (broken / "text_encoder_2").mkdir()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_pipeline(str(broken), FluxPipeline, torch.float32)

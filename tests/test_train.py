@@ -1,0 +1,292 @@
+"""`train_image.py` as a user meets it: the files it leaves, resuming, bad input, learning beyond noise."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+import loop
+import train_image
+
+HERE = Path(__file__).parent.parent
+SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 8 --eval-every 2 --save-every 2 --iterations 4 --ema 0.9"
+
+
+def run(capsys, *argv):
+    """Run in this process: the last line of stdout, parsed."""
+    train_image.main([*SMALL.split(), *map(str, argv)])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def refused(capsys, *argv):
+    """Run with bad input: the sentence on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        train_image.main(list(map(str, argv)))
+    assert stop.value.code == 2
+    out = capsys.readouterr()
+    assert not out.out.strip().endswith("}")
+    return out.err.strip().splitlines()[-1]
+
+
+def rows(out):
+    """metrics.jsonl without what a clock measured."""
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds_")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One small run, with what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    command = [sys.executable, HERE / "train_image.py", *SMALL.split(), "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_the_last_line_is_one_json_document(finished):
+    out, done = finished
+    document = json.loads(done.stdout.splitlines()[-1])
+    keys = "reward_before reward_after exact_before exact_after seconds nfe iterations out leaves trained_edges"
+    assert set(keys.split()) <= set(document)
+    assert document["iterations"] == 4 and document["leaves"] == 4 and document["out"] == str(out)
+    history = rows(out)
+    assert document["reward_before"] == history[0]["heldout_reward"]
+    assert document["reward_after"] == history[-1]["heldout_reward"]
+    # T = 10, K = 2, splits 0 and 4: forwards 1 + 4 x 2 + 5 x 4 = 29, trained parents 1 + 2, edges 2 + 4; 2 prompts
+    assert document["nfe"] == 4 * 2 * (29 + 3) and document["trained_edges"] == 2 * 6
+    assert "forwards       2 x 29" in done.stdout and "--eta" in done.stdout
+    assert "reward=" in done.stderr and "heldout=" in done.stderr
+
+
+def test_what_a_run_leaves_behind(finished):
+    out, _ = finished
+    for name in ("before_after.png", "curves.png", "tree.png"):
+        assert min(Image.open(out / name).size) > 200
+    pipe = FluxPipeline.from_pretrained(out / "model")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe('red "CAT"', height=32, width=64, num_inference_steps=2, max_sequence_length=16).images[0]
+    assert picture.size == (64, 32)
+    assert any((out / "tensorboard").iterdir())
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    wanted = "reward_mean reward_std reward_ocr reward_colour ratio_dev clip_frac kl grad_norm nfe loss"
+    assert set(wanted.split()) <= set(rows(out)[1])
+    assert {"heldout_reward", "heldout_exact", "heldout_colour"} <= set(rows(out)[0])
+    assert {"seconds_rollout", "seconds_reward", "seconds_train"} <= set(
+        json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
+    )
+
+
+def test_the_first_pass_has_ratio_one(finished):
+    assert max(r["ratio_dev"] for r in rows(finished[0])[1:]) < 1e-6
+
+
+def test_the_saved_model_is_the_one_that_was_evaluated(finished, capsys, tmp_path):
+    out, done = finished
+    again = run(capsys, "--iterations", 0, "--model", out / "model", "--out", tmp_path / "b")
+    after = json.loads(done.stdout.splitlines()[-1])
+    assert again["iterations"] == 0 and again["nfe"] == 0
+    assert again["reward_before"] == pytest.approx(after["reward_after"], abs=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3])
+def test_a_stopped_run_resumes_bit_for_bit(finished, capsys, tmp_path, monkeypatch, stop_at):
+    """Stopped inside iteration stop_at (0: before any checkpoint; 1, 3: between two), then continued: the same rows."""
+    out, iterate = tmp_path / "a", loop.iterate
+
+    def stop(run_, iteration):
+        if iteration == stop_at:
+            raise KeyboardInterrupt
+        return iterate(run_, iteration)
+
+    monkeypatch.setattr(loop, "iterate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, "--out", out)
+    monkeypatch.setattr(loop, "iterate", iterate)
+    (out / ".writing").mkdir(exist_ok=True)  # as a kill inside a save leaves it
+    (out / ".writing" / "trainable.safetensors").write_bytes(b"half")
+    run(capsys, "--resume", out)
+    assert rows(out) == rows(finished[0])
+    saved = [FluxPipeline.from_pretrained(p / "model").transformer.state_dict() for p in (out, finished[0])]
+    assert all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
+
+
+@pytest.mark.slow
+def test_sigkill_and_resume(tmp_path):
+    """A process killed with SIGKILL at a random moment continues to the same metrics as one left alone."""
+    argv = [sys.executable, HERE / "train_image.py", *SMALL.split(), "--iterations", "12", "--out"]
+    subprocess.run([*argv, tmp_path / "whole"], check=True, capture_output=True, cwd=HERE)
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        out = tmp_path / f"killed-{i}"
+        process = subprocess.Popen([*argv, out], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (out / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        subprocess.run([*argv, out, "--resume"], check=True, capture_output=True, cwd=HERE)
+        assert rows(out) == rows(tmp_path / "whole")
+
+
+def test_two_processes_give_the_rows_of_one(finished, tmp_path):
+    """torchrun, gloo, DDP: the same prompts, the same noise, the same gradients up to summation order."""
+    argv = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "train_image.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *argv, *SMALL.split(), "--device", "cpu", "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = rows(finished[0]), rows(tmp_path / "two")
+    assert len(one) == len(two)
+    assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-4)
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        assert b.get("reward_mean", 0) == pytest.approx(a.get("reward_mean", 0), abs=0.02)
+        assert b.get("nfe") == a.get("nfe") and b.get("trained_edges") == a.get("trained_edges")
+    json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype, limit", [("fp32", 1e-6), ("bf16", 1e-4)])
+def test_ratio_on_the_full_tree(capsys, tmp_path, dtype, limit):
+    """The fully stochastic tree, trained in other batches than it was rolled out in: max |ratio - 1| of the first pass."""
+    flags = ["--method", "branchgrpo", "--leaves", 16, "--iterations", 1, "--micro-batch", 24, "--dtype", dtype]
+    run(capsys, *flags, "--out", tmp_path / "a")
+    assert rows(tmp_path / "a")[1]["ratio_dev"] < limit
+
+
+METHODS = "branchgrpo branchgrpo-mix dancegrpo flowgrpo mixgrpo flowgrpo-fast tempflow"
+
+
+@pytest.mark.parametrize("method", METHODS.split())
+def test_every_method_trains(capsys, tmp_path, method):
+    document = run(capsys, "--method", method, "--iterations", 1, "--out", tmp_path / "a", "--kl", 0.1, "--updates", 2)
+    row = rows(tmp_path / "a")[1]
+    assert document["leaves"] == 4 and row["grad_norm"] > 0 and row["trained_edges"] > 0
+
+
+def test_the_readme_command(capsys, tmp_path):
+    """`python train_image.py --branch 4 --depth-prune`: 16 leaves stay 16 leaves, by two splits; pruning takes effect."""
+    argv = ["--branch", 4, "--depth-prune", "--prompts-per-iteration", 1, "--eval-size", 2, "--iterations", 1]
+    train_image.main([*map(str, argv), "--out", str(tmp_path / "a")])
+    out = capsys.readouterr().out
+    assert "--method                 branchgrpo\n" in out and "--splits                 (0, 4)" in out
+    # K = 4, splits 0 and 4 of 10: stochastic edges 4 x 4 + 5 x 16 - last 16 = 80, window of 2 after step 4 drops 32
+    assert json.loads(out.splitlines()[-1])["leaves"] == 16
+    assert rows(tmp_path / "a")[1]["trained_edges"] == 80 - 32
+
+
+def test_lora_kl_ema_cps_train_together(capsys, tmp_path):
+    flags = "--lora 4 --kl 0.01 --sde cps --eta 0.5 --cps-density upstream --iterations 2 --width-prune extreme-1"
+    run(capsys, *flags.split(), "--out", tmp_path / "a")
+    second = rows(tmp_path / "a")[2]
+    assert second["kl"] > 0
+    FluxPipeline.from_pretrained(HERE / "tiny/flux").load_lora_weights(tmp_path / "a" / "model")
+
+
+def test_a_nonfinite_loss_stops_and_leaves_the_good_checkpoint(capsys, tmp_path, monkeypatch):
+    score = loop.R.weighted_sum
+    calls = []
+
+    def broken(scores, weights):
+        calls.append(1)
+        return score(scores, weights) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(loop.R, "weighted_sum", broken)
+    error = refused(capsys, *SMALL.split(), "--out", tmp_path / "a")
+    assert "not finite" in error
+    assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+BAD = [
+    ("--prompts nowhere.txt", "nowhere.txt"),
+    ("--splits 0,9", "0..8"),
+    ("--splits 0,0", "without repeats"),
+    ("--splits a", "whole numbers"),
+    ("--branch 1", "at least 2"),
+    ("--splits 0,2 --leaves 16", "contradicts"),
+    ("--leaves 4096", "do not fit"),
+    ("--reward beauty", "no reward 'beauty'"),
+    ("--reward ocr:0", "other than 0"),
+    ("--height 64 --width 32", "taller than wide"),
+    ("--height 33", "multiple of 16"),
+    ("--model nowhere/at-all", "--model nowhere/at-all"),
+    ("--eta 0", "above 0"),
+    ("--sde cps --eta 1.2", "between 0 and 1"),
+    ("--lr nan", "--lr"),
+    ("--clip 0", "--clip"),
+    ("--ema 1", "below 1"),
+    ("--steps 1", "at least 2"),
+    ("--method dancegrpo --branch 2", "does not go with"),
+    ("--method branchgrpo --mix 2", "--mix"),
+    ("--mix 0 --depth-prune", "--mix 0"),
+    ("--width-prune extreme-9", "leaves / 2"),
+    ("--width-prune best", "parent-top1"),
+    ("--updates 3", "must divide"),
+    ("--timestep-fraction 0", "above 0"),
+    ("--unknown-flag", "unrecognized"),
+    ("--iter 3", "unrecognized"),
+    ("--resume nowhere", "holds no run"),
+    ("--cps-density upstream", "--sde cps"),
+    ("--depth-prune 40", "0..10|1..10"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD)
+def test_bad_input_is_one_sentence_and_exit_2(capsys, tmp_path, flags, words):
+    began = time.time()
+    error = refused(capsys, *flags.split(), "--out", tmp_path / "a")
+    assert any(w in error for w in words.split("|")), error
+    assert "error:" in error and not (tmp_path / "a").exists()
+    assert time.time() - began < 10
+
+
+def test_bad_prompts(capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n\n")
+    assert "holds no prompt" in refused(capsys, "--prompts", file)
+    file.write_text('red "CAT"\n')
+    assert "at least two" in refused(capsys, "--prompts", file)
+    assert "also trained on" in refused(capsys, "--prompts", file, "--eval-prompts", file)
+    file.write_text("a cat\na dog\n")
+    assert "quoted text" in refused(capsys, "--prompts", file)
+
+
+def test_a_run_is_never_overwritten_nor_resumed_with_other_flags(finished, capsys):
+    out, _ = finished
+    assert "--resume" in refused(capsys, *SMALL.split(), "--out", out)
+    assert "--lr 0.0001" in refused(capsys, *SMALL.split(), "--resume", out, "--lr", 1e-3)
+
+
+def test_heldout_prompts_are_unseen():
+    """No held-out string contains, or is contained in, an RL prompt's; nor can the pre-training generator draw one."""
+    import random
+
+    from tiny.make_tiny_flux import Words, choose_heldout
+
+    strings = {}
+    for name in ("train", "heldout"):
+        lines = (HERE / f"tiny/prompts_{name}.txt").read_text().splitlines()
+        strings[name] = [line.split('"')[1] for line in lines]
+    assert len(set(strings["heldout"])) == 256 and len(set(strings["train"])) == 2048
+    assert strings["heldout"] == choose_heldout(random.Random(0), 256)
+    words = Words(random.Random(1), strings["heldout"])
+    drawn = set(strings["train"]) | {words.draw() for _ in range(20000)}
+    for held in strings["heldout"]:
+        assert not any(held in w or w in held for w in drawn), held
+
+
+def test_the_prompt_stream_is_a_permutation_each_epoch():
+    prompts = list("abcdefg")
+    stream = loop.prompts_at(prompts, 0, 0, 14)
+    assert sorted(stream[:7]) == prompts == sorted(stream[7:]) and stream[:7] != stream[7:]
+    assert loop.prompts_at(prompts, 0, 5, 4) == stream[5:9]
+    assert loop.prompts_at(prompts, 1, 0, 7) != stream[:7]
