@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 from rewards import REWARDS, parse_weights
-from schedules import DEFAULT_SDE, METHODS, TREES, WINDOWED, plan
+from schedules import DANCE_STEPS, METHODS, TREES, WINDOWED, plan
 from tree import count, make_forest, parse_splits, spread_splits
 
 HERE = Path(__file__).parent
@@ -122,13 +122,8 @@ def add_learning_flags(p, reward: str) -> None:
     g("--loss-weight", choices=("edge", "path"), default="path", help="see branchgrpo.gather (paper: edge)")
     g("--clip", type=number(float, 0, 1, above=True), default=1e-4, help="clip range of the ratio (DanceGRPO: 1e-4)")
     g("--kl", type=NOT_NEGATIVE, default=0.0, help="weight of the KL to the untrained model (Flux: 0)")
-    fraction = number(float, 0, 1, above=True)
-    g(
-        "--timestep-fraction",
-        type=fraction,
-        default=1.0,
-        help="share of the stochastic steps trained (DanceGRPO: .6, 1)",
-    )
+    share = number(float, 0, 1, above=True)
+    g("--timestep-fraction", type=share, default=1.0, help="share of stochastic steps trained (DanceGRPO: .6, 1)")
     g = p.add_argument_group("optimisation").add_argument
     g("--iterations", type=FROM_ZERO, default=300, help="0 only evaluates (paper: 300)")
     g("--prompts-per-iteration", type=COUNT, default=8, help="over all processes")
@@ -152,9 +147,7 @@ def resolve_tree(o) -> None:
     if o.method not in TREES:
         for name in TREE_FLAGS:
             if getattr(o, name) is not None:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} does not go with --method {o.method}, which fixes its tree"
-                )
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --method {o.method}: its tree is fixed")
     if o.mix is not None and o.method not in WINDOWED:
         raise ValueError(f"--mix does not go with --method {o.method}, which has no window")
     o.branch = 2 if o.branch is None else o.branch
@@ -165,10 +158,8 @@ def resolve_tree(o) -> None:
         o.splits = o.splits if given else spread_splits(o.steps, o.branch, o.leaves or 16, o.roots)
         leaves = make_forest(o.steps, o.branch, o.splits, o.roots).leaves
         if given and o.leaves is not None and o.leaves != leaves:
-            made = f"{o.roots} x {o.branch}^{len(o.splits)} = {leaves}"
-            raise ValueError(
-                f"--leaves {o.leaves} contradicts --splits {','.join(map(str, o.splits))}, which make {made}"
-            )
+            made = f"these {len(o.splits)} splits make {o.roots} x {o.branch}^{len(o.splits)} = {leaves}"
+            raise ValueError(f"--leaves {o.leaves} contradicts --splits: {made}")
         o.leaves = leaves
     o.leaves = o.leaves or 16
     o.mix = default_mix(o) if o.mix in (None, BARE) else o.mix
@@ -214,7 +205,7 @@ def resolve(o) -> None:
         ValueError: one sentence: the flag, the value, what is allowed.
     """
     resolve_tree(o)
-    o.sde = o.sde or DEFAULT_SDE[o.method]
+    o.sde = o.sde or ("dance" if o.method in DANCE_STEPS else "flow")
     o.eta = TUNED_ETA[o.sde][o.method in ("branchgrpo", "dancegrpo", "flowgrpo")] if o.eta is None else o.eta
     if o.sde == "cps" and o.eta >= 1:
         raise ValueError(f"--eta must lie between 0 and 1 for --sde cps, got {o.eta}")

@@ -21,11 +21,6 @@ import torch
 from sde import sigma_schedule, step_moments
 from tree import Forest, depth_window_range, make_forest, mix_window_range, window_start
 
-TREES = ("branchgrpo", "branchgrpo-mix")
-METHODS = (*TREES, "dancegrpo", "flowgrpo", "mixgrpo", "flowgrpo-fast", "tempflow")
-WINDOWED = ("branchgrpo-mix", "mixgrpo")
-DEFAULT_SDE = dict.fromkeys(METHODS, "flow") | dict.fromkeys((*TREES, "dancegrpo"), "dance")  # as each was published
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -37,36 +32,73 @@ class Plan:
     step_weight: list[float] | None
 
 
-def forest_at(o, iteration: int, rng: np.random.Generator) -> Forest:
-    """The forest of one iteration; o is the resolved options, rng is used by the methods that draw a step."""
-    steps, leaves = o.steps, o.leaves
-    if o.method in WINDOWED:
-        first, last = mix_window_range(steps, o.mix)
-        last = min(last, steps - 2) if o.method == "mixgrpo" else last  # its window starts with a split
-        start = window_start(first, last, iteration, o.iterations, o.mix_every)
-        window = range(start, start + o.mix)
-    if o.method == "branchgrpo":
-        return make_forest(steps, o.branch, o.splits, o.roots)
-    if o.method == "branchgrpo-mix":
-        return make_forest(steps, o.branch, o.splits, o.roots, chosen=window)
-    if o.method == "dancegrpo":
-        return make_forest(steps, leaves, (0,))
-    if o.method == "flowgrpo":
-        return make_forest(steps, 2, (), roots=leaves)
-    if o.method == "mixgrpo":
-        return make_forest(steps, leaves, (window.start,), chosen=window)
-    step = int(rng.integers(0, steps - 1))
-    chosen = (step, step + 1) if o.method == "flowgrpo-fast" else (step,)
-    return make_forest(steps, leaves, (step,), chosen=chosen)
+# ------------------------------------------------------------------------------------------- a forest for each method
+def mix_window(o, iteration: int, last_start: int) -> range:
+    """The stochastic window of --mix steps: one later every --mix-every iterations, up to `last_start`."""
+    first, last = mix_window_range(o.steps, o.mix)
+    start = window_start(first, min(last, last_start), iteration, o.iterations, o.mix_every)
+    return range(start, start + o.mix)
 
 
+def branchgrpo(o, iteration: int, rng: np.random.Generator) -> Forest:
+    """The paper's tree, every step stochastic."""
+    return make_forest(o.steps, o.branch, o.splits, o.roots)
+
+
+def branchgrpo_mix(o, iteration: int, rng: np.random.Generator) -> Forest:
+    """The paper's tree, stochastic at its splits and in the sliding window only."""
+    return make_forest(o.steps, o.branch, o.splits, o.roots, chosen=mix_window(o, iteration, o.steps))
+
+
+def dancegrpo(o, iteration: int, rng: np.random.Generator) -> Forest:
+    """Independent trajectories from one shared initial noise."""
+    return make_forest(o.steps, o.leaves, (0,))
+
+
+def flowgrpo(o, iteration: int, rng: np.random.Generator) -> Forest:
+    """Independent trajectories from initial noises of their own."""
+    return make_forest(o.steps, 2, (), roots=o.leaves)
+
+
+def mixgrpo(o, iteration: int, rng: np.random.Generator) -> Forest:
+    """A shared ODE prefix, then independent trajectories, stochastic inside the window only."""
+    window = mix_window(o, iteration, last_start=o.steps - 2)  # it starts with a split
+    return make_forest(o.steps, o.leaves, (window.start,), chosen=window)
+
+
+def flowgrpo_fast(o, iteration: int, rng: np.random.Generator) -> Forest:
+    """A shared ODE prefix to a random step; that step and the next are stochastic."""
+    step = int(rng.integers(0, o.steps - 1))
+    return make_forest(o.steps, o.leaves, (step,), chosen=(step, step + 1))
+
+
+def tempflow(o, iteration: int, rng: np.random.Generator) -> Forest:
+    """A shared ODE prefix to a random step, the only stochastic one."""
+    return make_forest(o.steps, o.leaves, (int(rng.integers(0, o.steps - 1)),), chosen=())
+
+
+METHODS = {  # name -> forest of an iteration
+    "branchgrpo": branchgrpo,
+    "branchgrpo-mix": branchgrpo_mix,
+    "dancegrpo": dancegrpo,
+    "flowgrpo": flowgrpo,
+    "mixgrpo": mixgrpo,
+    "flowgrpo-fast": flowgrpo_fast,
+    "tempflow": tempflow,
+}
+TREES = ("branchgrpo", "branchgrpo-mix")  # shaped by the tree flags; the shapes of the others are fixed
+WINDOWED = ("branchgrpo-mix", "mixgrpo")
+DANCE_STEPS = (*TREES, "dancegrpo")  # published with dance steps, the others with flow steps
+
+
+# ------------------------------------------------------------------------------------------------ a plan for an iteration
 def plan(o, iteration: int) -> Plan:
     """The plan of one iteration, a function of the options, the seed and the iteration alone, so a resumed run agrees.
 
     timestep_fraction f trains a random ceil(f n) of the n stochastic steps, drawn anew each iteration (DanceGRPO).
     """
     rng = np.random.default_rng([o.seed, iteration, 1])
-    forest = forest_at(o, iteration, rng)
+    forest = METHODS[o.method](o, iteration, rng)
     stochastic = [i for i in range(o.steps) if forest.stochastic(i)]
     n = int(np.ceil(o.timestep_fraction * len(stochastic) - 1e-9))
     trained = frozenset(int(i) for i in rng.permutation(stochastic)[:n])

@@ -1,0 +1,169 @@
+"""How fast does each method learn? Held-out reward against policy seconds, evaluations and updates, paired over seeds.
+
+Question    Which share of DanceGRPO's policy seconds (rollout and training) does BranchGRPO need to reach its final reward?
+Hypothesis  At most a quarter: the tree shares prefixes, siblings share forwards, and credit arrives at every depth.
+Metric      Policy seconds until the held-out reward (linear between evaluations) first reaches DanceGRPO's final one, over
+            DanceGRPO's policy seconds; the same seed on both sides. DanceGRPO's final reward is the mean of its last
+            three evaluations of that seed, so that one lucky evaluation does not set the mark.
+Rule        Same leaves, same updates, same prompts. Each arm runs at its own best eta and learning rate from one grid, chosen
+            by successive halving on prompts that are neither trained on nor tested on. Median over seeds and each seed's
+            value are reported; a seed that never reaches the mark counts as "not reached".
+
+    python bench/alignment.py            # 40 minutes on 2 cores; resumes where it was stopped
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+ARMS = {
+    "DanceGRPO": "--method dancegrpo",
+    "BranchGRPO": "--method branchgrpo",
+    "BranchGRPO + depth": "--method branchgrpo --depth-prune",
+    "BranchGRPO + width": "--method branchgrpo --width-prune",
+    "BranchGRPO-Mix, splits alone": "--method branchgrpo-mix --mix 0",
+}
+ETAS, LRS = (0.4, 0.8, 1.6, 2.4), (5e-5, 1e-4, 2e-4)
+
+
+def run(folder: Path, flags: list[str]) -> list[dict]:
+    """One training run in its own process on one thread, kept under `folder`; returns its metric rows."""
+    command = [sys.executable, str(ROOT / "train_image.py"), *flags, "--out", str(folder), "--save-every", "1000000"]
+    if not (folder / "model").exists():  # the last thing a run writes
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(rows: list[dict]) -> dict[str, list[float]]:
+    """Held-out reward, exact match and colour against cumulated policy seconds, model evaluations and updates."""
+    out = {k: [] for k in ("iteration", "seconds", "nfe", "reward", "exact", "ocr", "colour")}
+    seconds = nfe = 0
+    for row in rows:
+        seconds += row.get("seconds_rollout", 0) + row.get("seconds_train", 0)
+        nfe += row.get("nfe", 0)
+        if "heldout_reward" in row:
+            values = [row[f"heldout_{k}"] for k in ("reward", "exact", "ocr", "colour")]
+            for key, value in zip(out, [row["iteration"], seconds, nfe, *values]):
+                out[key].append(value)
+    return out
+
+
+def seconds_to(c: dict, mark: float) -> float | None:
+    """Policy seconds until the reward first reaches the mark, linear between evaluations; None if it never does."""
+    for i in range(1, len(c["reward"])):
+        a, b = c["reward"][i - 1], c["reward"][i]
+        if b >= mark:
+            share = 0.0 if a >= mark else (mark - a) / (b - a)
+            return c["seconds"][i - 1] + share * (c["seconds"][i] - c["seconds"][i - 1])
+    return None
+
+
+def tune(arm: str, o, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
+    """Successive halving over the grid on tuning prompts: all cells briefly, the best third at full length."""
+    files = ["--prompts", str(o.out / "tune_train.txt"), "--eval-prompts", str(o.out / "tune_heldout.txt")]
+    cells = [(eta, lr) for eta in ETAS for lr in LRS]
+    record = []
+    for iterations, keep in ((o.iterations // 3, max(1, len(cells) // 4)), (o.iterations, 1)):
+
+        def cell(setting, iterations=iterations):
+            eta, lr = setting
+            flags = [*ARMS[arm].split(), "--eta", str(eta), "--lr", str(lr), "--seed", "1000", *files, *o.shared]
+            name = f"tune/{arm}/{iterations}-{eta}-{lr}".replace(" ", "_")
+            rows = run(o.out / name, [*flags, "--iterations", str(iterations), "--eval-every", str(iterations // 2)])
+            bar.update()
+            return curve(rows)["reward"][-1]
+
+        scores = list(pool.map(cell, cells))
+        record.append({"iterations": iterations, "cells": [[*c, s] for c, s in zip(cells, scores)]})
+        cells = [c for _, c in sorted(zip(scores, cells), reverse=True)[:keep]]
+    return {"eta": cells[0][0], "lr": cells[0][1], "grid": record}
+
+
+def compare(results: dict, seeds: list[int]) -> dict:
+    """Each arm against DanceGRPO, seed by seed: final reward, seconds an iteration, share of seconds to its mark."""
+    table = {}
+    for arm, arm_curves in results.items():
+        shares, finals, per_update = [], [], []
+        for s in range(len(seeds)):
+            dance, mine = results["DanceGRPO"][s], arm_curves[s]
+            reached = seconds_to(mine, float(np.mean(dance["reward"][-3:])))
+            shares.append(None if reached is None else reached / dance["seconds"][-1])
+            finals.append(float(np.mean(mine["reward"][-3:])))
+            per_update.append(mine["seconds"][-1] / mine["iteration"][-1])
+        found = [x if x is not None else np.inf for x in shares]
+        median = float(np.median(found))
+        table[arm] = {
+            "final_reward": finals,
+            "final_exact": [float(np.mean(c["exact"][-3:])) for c in arm_curves],
+            "seconds_an_update": per_update,
+            "share_of_dance_seconds": shares,
+            "median_share": median if np.isfinite(median) else None,
+        }
+    return table
+
+
+def main() -> None:
+    """Tune every arm, run every arm and seed, print the table; the last line is the JSON document."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="paired seeds")
+    parser.add_argument("--iterations", type=int, default=60, help="updates of every arm")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), help="DanceGRPO is always run")
+    parser.add_argument("--flags", default="--leaves 8 --prompts-per-iteration 8", help="shared by all arms")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/alignment", help="where the runs are kept")
+    o = parser.parse_args()
+    o.shared, o.out = o.flags.split(), o.out.resolve()
+    o.out.mkdir(parents=True, exist_ok=True)
+    lines = (ROOT / "tiny/prompts_train.txt").read_text().splitlines(keepends=True)
+    (o.out / "tune_train.txt").write_text("".join(lines[:-256]))
+    (o.out / "tune_heldout.txt").write_text("".join(lines[-256:]))
+    arms = list(dict.fromkeys(["DanceGRPO", *o.arms]))
+    cells = len(ETAS) * len(LRS)
+    total = len(arms) * (cells + max(1, cells // 4) + o.seeds)
+    with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=total, desc="runs", file=sys.stderr) as bar:
+        tuned = {arm: tune(arm, o, pool, bar) for arm in arms}
+
+        def final(task):
+            seed, arm = task
+            flags = [*ARMS[arm].split(), "--eta", str(tuned[arm]["eta"]), "--lr", str(tuned[arm]["lr"]), *o.shared]
+            flags += ["--seed", str(seed), "--iterations", str(o.iterations), "--eval-every", "5"]
+            rows = run(o.out / f"{arm}-{seed}".replace(" ", "_"), flags)
+            bar.update()
+            return curve(rows)
+
+        tasks = [(seed, arm) for seed in range(1, o.seeds + 1) for arm in arms]
+        curves = list(pool.map(final, tasks))
+    results = {arm: [c for (_, a), c in zip(tasks, curves) if a == arm] for arm in arms}
+    table = compare(results, list(range(o.seeds)))
+    print(f"{'arm':<30} {'eta':>5} {'lr':>7} {'reward':>8} {'exact':>7} {'s/update':>9} {'share of Dance seconds':>24}")
+    for arm, row in table.items():
+        share = "not reached" if row["median_share"] is None else f"{row['median_share']:.3f}"
+        means = [np.mean(row[k]) for k in ("final_reward", "final_exact", "seconds_an_update")]
+        numbers = f"{means[0]:8.3f} {means[1]:7.3f} {means[2]:9.3f} {share:>24}"
+        print(f"{arm:<30} {tuned[arm]['eta']:5g} {tuned[arm]['lr']:7g} {numbers}")
+    document = {
+        "arguments": vars(o) | {"out": "", "shared": o.shared},
+        "tuned": tuned,
+        "table": table,
+        "curves": results,
+    }
+    path = ROOT / "bench/results/alignment.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(document, indent=1))
+    print(json.dumps({"table": table}))
+
+
+if __name__ == "__main__":
+    main()
