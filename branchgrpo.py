@@ -186,7 +186,7 @@ def gather(
         prompts: (p,) indices of the prompts of this update.
         loss_weight: "edge" counts every edge once (Eq. 5); "path" weighs an edge by its share of the prompt's leaves,
             1/n_{i+1}, as a flat rollout does, so that every depth weighs the same.
-        step_weight: (T,) factor of each step, for TempFlow-GRPO; ones by default.
+        step_weight: (T,) factor of each step's loss, for TempFlow-GRPO; ones by default. It is no part of the divisor.
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in Edges.__dataclass_fields__}
     parents_so_far = 0
@@ -197,16 +197,15 @@ def gather(
         parents_so_far += int(trained.sum())
         device = out.latents[i].device
         edge, node = mask.flatten(1).to(device), trained.to(device)
-        n_edges = int(mask.sum())
-        weight = (1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0) * (step_weight[i] if step_weight else 1.0)
+        factor = step_weight[i] if step_weight else 1.0  # > 0, so it passes through the clipped loss
         columns["x"].append(out.latents[i][prompts][node])
         columns["step"].append(torch.full((int(trained.sum()),), i))
         columns["prompt"].append(prompts[trained.nonzero()[:, 0]])
         columns["child"].append(out.latents[i + 1][prompts][edge])
         columns["parent"].append(row.unsqueeze(2).expand_as(mask)[mask])
-        columns["advantage"].append(advantages[i][prompts][mask.flatten(1)].float())
+        columns["advantage"].append(advantages[i][prompts][mask.flatten(1)].float() * factor)
         columns["logp_old"].append(out.logp_mean[i][prompts][edge])
-        columns["weight"].append(torch.full((n_edges,), weight))
+        columns["weight"].append(torch.full((int(mask.sum()),), 1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0))
     return Edges(**{name: torch.cat(parts).to(out.latents[0].device) for name, parts in columns.items()})
 
 
@@ -233,6 +232,8 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     device = edges.x.device
     n_parents, n_edges = len(edges.x), len(edges.child)
     total = accelerator.reduce(torch.stack([edges.weight.sum(), torch.tensor(float(n_parents), device=device)]), "sum")
+    if not total[0]:  # on every process alike: a window may leave nothing to train
+        return dict.fromkeys(("loss", "ratio_dev", "clip_frac", "kl", "grad_norm"), 0.0)
     size = o.micro_batch or n_parents
     sums = torch.zeros(3, device=device)  # loss, clipped edges, kl
     ratio_dev = torch.zeros((), device=device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rewards import REWARDS, parse_weights
 from schedules import DANCE_STEPS, METHODS, TREES, WINDOWED, plan
+from sde import STEPS
 from tree import count, make_forest, parse_splits, spread_splits
 
 HERE = Path(__file__).parent
@@ -111,7 +112,7 @@ def add_tree_flags(g) -> None:
 def add_learning_flags(p, reward: str) -> None:
     """Steps, credit, loss and optimisation."""
     g = p.add_argument_group("steps").add_argument
-    g("--sde", choices=("dance", "flow", "cps"), help="kind of stochastic step; default: the method's own")
+    g("--sde", choices=[k for k in STEPS if k != "ode"], help="kind of stochastic step; default: the method's own")
     g("--eta", type=POSITIVE, help="noise strength; default: tuned (FLUX.1-dev: dance .3, flow .7, cps .8)")
     g("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
     g = p.add_argument_group("credit and loss").add_argument
@@ -206,7 +207,8 @@ def resolve(o) -> None:
     """
     resolve_tree(o)
     o.sde = o.sde or ("dance" if o.method in DANCE_STEPS else "flow")
-    o.eta = TUNED_ETA[o.sde][o.method in ("branchgrpo", "dancegrpo", "flowgrpo")] if o.eta is None else o.eta
+    if o.eta is None:
+        o.eta = TUNED_ETA.get(o.sde, (0.3, 0.3))[o.method in ("branchgrpo", "dancegrpo", "flowgrpo")]
     if o.sde == "cps" and o.eta >= 1:
         raise ValueError(f"--eta must lie between 0 and 1 for --sde cps, got {o.eta}")
     if o.cps_density == "upstream" and o.sde != "cps":

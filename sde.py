@@ -22,8 +22,6 @@ import math
 import torch
 from torch import Tensor
 
-DEFAULT_ETA = {"dance": 0.3, "flow": 0.7, "cps": 0.8}  # the field's values for FLUX.1-dev (eta, a, a)
-
 
 def sigma_schedule(steps: int, shift: float = 3.0) -> Tensor:
     """Noise levels of the sampler: u_i = 1 - i/T, sigma_i = shift u_i / (1 + (shift - 1) u_i).
@@ -46,21 +44,51 @@ def sigma_schedule(steps: int, shift: float = 3.0) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def dance(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
+    """DanceGRPO (arXiv:2505.07818): mean = x + v dt + (eta^2/2) (x - (1-sigma) x0hat)/sigma^2 dt, std = eta sqrt(-dt)."""
+    dt = sigma_next - sigma
+    x0hat = x - sigma * v
+    score_drift = (eta**2 / 2) * (x - (1 - sigma) * x0hat) / sigma**2
+    return x + v * dt + score_drift * dt, eta * (-dt).sqrt()
+
+
+def flow(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
+    """Flow-GRPO (arXiv:2505.05470): mean = x (1 + s^2 dt/(2 sigma)) + v (1 + s^2 (1-sigma)/(2 sigma)) dt, std = s sqrt(-dt).
+
+    s = a sqrt(sigma/(1-sigma)); where sigma = 1 the 1-sigma under the root takes sigma_1 instead.
+    """
+    dt = sigma_next - sigma
+    s = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_1, sigma))).sqrt()
+    x_scale = 1 + s**2 * dt / (2 * sigma)
+    v_scale = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+    return x * x_scale + v * v_scale, s * (-dt).sqrt()
+
+
+def cps(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
+    """Flow-CPS (arXiv:2509.05952): mean = (1-sigma') x0hat + sqrt(sigma'^2 - std^2) x1hat, std = sigma' sin(a pi/2), a < 1."""
+    std = sigma_next * math.sin(eta * math.pi / 2)
+    x0hat, x1hat = x - sigma * v, x + (1 - sigma) * v
+    return (1 - sigma_next) * x0hat + (sigma_next**2 - std**2).sqrt() * x1hat, std
+
+
+def ode(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
+    """Euler: mean = x + v dt, std = 0."""
+    dt = sigma_next - sigma
+    return x + v * dt, torch.zeros_like(dt)
+
+
+STEPS = {"dance": dance, "flow": flow, "cps": cps, "ode": ode}
+
+
 def step_moments(
     kind: str, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the next latent, x' ~ N(mean, std^2 I).
+    """Mean and standard deviation of the next latent, x' ~ N(mean, std^2 I), by one of STEPS.
 
-    dance (arXiv:2505.07818): mean = x + v dt + (eta^2/2) (x - (1-sigma) x0hat)/sigma^2 dt, std = eta sqrt(-dt)
-    flow  (arXiv:2505.05470): mean = x (1 + s^2 dt/(2 sigma)) + v (1 + s^2 (1-sigma)/(2 sigma)) dt, std = s sqrt(-dt),
-                              s = a sqrt(sigma/(1-sigma)); where sigma = 1 the root takes sigma_1 instead
-    cps   (arXiv:2509.05952): mean = (1-sigma') x0hat + sqrt(sigma'^2 - std^2) x1hat, std = sigma' sin(a pi/2)
-    ode                     : mean = x + v dt, std = 0
-
-    with x0hat = x - sigma v (the clean estimate) and x1hat = x + (1-sigma) v (the noise estimate).
+    In their equations dt = sigma' - sigma < 0, x0hat = x - sigma v is the clean and x1hat = x + (1-sigma) v the noise estimate.
 
     Args:
-        kind: "dance", "flow", "cps" or "ode".
+        kind: a name in STEPS.
         x, v: (B, ...) latents and predicted velocities.
         sigma, sigma_next: noise levels, broadcastable to x: (B, 1, ..., 1) or 0-d; sigma > sigma_next >= 0.
         eta: noise strength (eta of dance, a of flow and cps); cps needs 0 < a < 1.
@@ -72,23 +100,9 @@ def step_moments(
     Raises:
         ValueError: for an unknown kind.
     """
-    dt = sigma_next - sigma  # < 0
-    x0hat = x - sigma * v
-    if kind == "ode":
-        return x + v * dt, torch.zeros_like(dt)
-    if kind == "dance":
-        score_drift = (eta**2 / 2) * (x - (1 - sigma) * x0hat) / sigma**2
-        return x + v * dt + score_drift * dt, eta * (-dt).sqrt()
-    if kind == "flow":
-        s = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_1, sigma))).sqrt()
-        x_scale = 1 + s**2 * dt / (2 * sigma)
-        v_scale = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
-        return x * x_scale + v * v_scale, s * (-dt).sqrt()
-    if kind == "cps":
-        std = sigma_next * math.sin(eta * math.pi / 2)
-        x1hat = x + (1 - sigma) * v
-        return (1 - sigma_next) * x0hat + (sigma_next**2 - std**2).sqrt() * x1hat, std
-    raise ValueError(f"unknown step {kind!r}: choose dance, flow, cps or ode")
+    if kind not in STEPS:
+        raise ValueError(f"unknown step {kind!r}: choose from {', '.join(STEPS)}")
+    return STEPS[kind](x, v, sigma, sigma_next, eta, sigma_1)
 
 
 def gaussian_logp_mean(x: Tensor, mean: Tensor, std: Tensor, density: str = "true") -> Tensor:

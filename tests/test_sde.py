@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sde import DEFAULT_ETA, branch_noise, gaussian_logp_mean, sigma_schedule, step_moments
+from sde import branch_noise, gaussian_logp_mean, sigma_schedule, step_moments
 
 KINDS = ("dance", "flow", "cps", "ode")
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -167,10 +167,6 @@ def test_many_steps_converge_to_the_data(kind, eta, c=0.7):
 def test_unknown_step_is_an_error():
     with pytest.raises(ValueError, match="heun"):
         scalar_step("heun", 1.0, 1.0, 0.5, 0.4, 0.3)
-
-
-def test_default_noise_strengths_are_the_fields():
-    assert DEFAULT_ETA == {"dance": 0.3, "flow": 0.7, "cps": 0.8}
 
 
 # -------------------------------------------------------------------------------------------------------------- log-prob
