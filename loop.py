@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import rewards as R
 from branchgrpo import Sampler, credit, gather, generators, prune, rollout, sample_ode, update
-from flags import MAY_CHANGE
+from flags import MAY_CHANGE, describe
 from schedules import noise_sharing, plan
 from sde import sigma_schedule
 from tree import count, effective_leaves
@@ -150,48 +150,46 @@ def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
     return chosen
 
 
-class Clock:
-    """Splits an iteration's time: each `lap` returns the seconds since the one before, the device's queue drained."""
+def stopwatch(device: torch.device):
+    """A function that returns the seconds since it was last called, the device's queue drained."""
+    last = time.perf_counter()
 
-    def __init__(self, device: torch.device):
-        self.device, self.last = device, time.perf_counter()
+    def lap() -> float:
+        nonlocal last
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        before, last = last, time.perf_counter()
+        return last - before
 
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
+    return lap
 
 
 def iterate(run: Run, iteration: int) -> dict:
     """One iteration: roll out, score, credit, prune, update; returns its row of metrics."""
     o, acc, policy = run.o, run.accelerator, run.policy
-    todo, sampler, clock = plan(o, iteration), run.sampler(), Clock(acc.device)
+    todo, sampler, lap = plan(o, iteration), run.sampler(), stopwatch(acc.device)
     forest, share = todo.forest, o.prompts_per_iteration // acc.num_processes
     slots = range(acc.process_index * share, (acc.process_index + 1) * share)
     prompts = prompts_at(run.prompts, o.seed, iteration * o.prompts_per_iteration + slots.start, share)
-    policy.transformer.eval()
     cond = policy.encode(prompts)
     out = rollout(policy, cond, forest, sampler, generators(o.seed, iteration, slots), o.micro_batch)
-    row = {"seconds_rollout": clock.lap()}
+    row = {"seconds_rollout": lap()}
     pictures = policy.decode(out.latents[-1].flatten(0, 1))
-    row["seconds_decode"] = clock.lap()
+    row["seconds_decode"] = lap()
     scores = R.score(run.rewards, pictures, [p for p in prompts for _ in range(forest.leaves)])
     leaf_rewards = R.weighted_sum(scores, run.weights).unflatten(0, (share, forest.leaves))  # (P, leaves)
-    row["seconds_reward"] = clock.lap()
+    row["seconds_reward"] = lap()
 
     fused, advantages = credit(out, forest, leaf_rewards, o.fusion_beta, o.adv_clip)
     keep = prune(forest, fused, o.width_prune, todo.depth)
     keep = [k & (i in todo.trained_steps) for i, k in enumerate(keep)]
-    policy.transformer.train()
     stats = []
     for part in torch.arange(share).chunk(o.updates):
         edges = gather(out, forest, keep, advantages, part, o.loss_weight, todo.step_weight)
         stats.append(update(policy, run.optimizer, acc, edges, cond, sampler, o))
         if run.ema:
             run.ema.step(policy.trainable())
-    row["seconds_train"] = clock.lap()
+    row["seconds_train"] = lap()
 
     counts = count(forest, [k[:1] for k in keep])
     everywhere = acc.gather(leaf_rewards.to(acc.device))
@@ -208,21 +206,22 @@ def iterate(run: Run, iteration: int) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
-def find_out(o, name: str) -> None:
-    """Settle `--out` and `--resume`: a new folder under runs/, the folder given, or the run to continue.
+def find_out(o) -> str:
+    """The run's folder from `--out` and `--resume`: a new one under runs/, the one given, or that of the run to continue.
 
     Raises:
         ValueError: if a run would be overwritten, or there is none to continue.
     """
     if o.resume is None:
-        o.out = o.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if (Path(o.out) / "options.json").exists():
-            raise ValueError(f"--out {o.out} holds a run: add --resume to continue it, or name another folder")
-        return
+        out = o.out or f"runs/{o.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if (Path(out) / "options.json").exists():
+            raise ValueError(f"--out {out} holds a run: add --resume to continue it, or name another folder")
+        return out
     runs = sorted(Path("runs").glob("*/options.json"), key=lambda p: p.stat().st_mtime)
-    o.out = o.resume or o.out or (str(runs[-1].parent) if runs else "runs")
-    if not (Path(o.out) / "options.json").exists():
-        raise ValueError(f"--resume: {o.out} holds no run (no options.json)")
+    out = o.resume or o.out or (str(runs[-1].parent) if runs else "runs")
+    if not (Path(out) / "options.json").exists():
+        raise ValueError(f"--resume: {out} holds no run (no options.json)")
+    return out
 
 
 def keep_options(o) -> None:
@@ -244,8 +243,8 @@ def keep_options(o) -> None:
             )
 
 
-def main(o, policy_class, prompts: list[str], heldout: list[str], finish) -> dict:
-    """A whole run from resolved options: rewards, policy, loop, pictures; returns the final document.
+def main(o, policy_class, prompts: list[str], heldout: list[str], finish) -> None:
+    """A whole run from resolved options: rewards, policy, loop, pictures; prints the counts first, the document last.
 
     Args:
         policy_class: has `load(model, height, width, ...)`, see policies.py.
@@ -255,30 +254,26 @@ def main(o, policy_class, prompts: list[str], heldout: list[str], finish) -> dic
     Raises:
         ValueError: before any long work, one sentence; NonFinite or CannotScore in the loop.
     """
-    find_out(o, o.method)
-    blank = torch.ones(1, 3, o.height, o.width)
-    rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], blank)
     if o.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU was found")
     accelerator = Accelerator(cpu=o.device == "cpu")
-    policy = policy_class.load(
-        o.model,
-        o.height,
-        o.width,
-        dtype=torch.bfloat16 if o.dtype == "bf16" else torch.float32,
-        guidance=o.guidance,
-        device=accelerator.device,
-        lora=o.lora,
-        keep_reference=o.kl > 0,
-    )
-    if accelerator.is_main_process:
+    main_process = accelerator.is_main_process
+    o.out = broadcast_object_list([find_out(o) if main_process else None])[0]
+    if main_process:
+        print(describe(o, prompts, heldout), flush=True)
+    blank = torch.ones(1, 3, o.height, o.width)
+    rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], blank)
+    dtype = torch.bfloat16 if o.dtype == "bf16" else torch.float32
+    trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
+    policy = policy_class.load(o.model, o.height, o.width, dtype, device=accelerator.device, **trained)
+    if main_process:
         keep_options(o)
     accelerator.wait_for_everyone()
     run = start(o, accelerator, policy, prompts, heldout, rewards, weights)
     train(run)
-    if accelerator.is_main_process:
+    if main_process:
         finish(run)
-    return summary(run)
+        print(json.dumps(summary(run)))
 
 
 def start(o, accelerator: Accelerator, policy, prompts, heldout, rewards, weights) -> Run:
@@ -295,7 +290,7 @@ def start(o, accelerator: Accelerator, policy, prompts, heldout, rewards, weight
     optimizer = torch.optim.AdamW(policy.trainable(), lr=o.lr, weight_decay=o.weight_decay)
     run.ema = EMAModel(policy.trainable(), decay=o.ema) if o.ema else None
     policy.transformer, run.optimizer = accelerator.prepare(policy.transformer, optimizer)
-    if o.resume and checkpoints(run.out):
+    if o.resume is not None and checkpoints(run.out):
         load_checkpoint(run, checkpoints(run.out)[-1])
     return run
 
@@ -332,9 +327,9 @@ def train(run: Run) -> None:
     """
     o, log = run.o, Log(run)
     if not run.history:
-        clock = Clock(run.accelerator.device)
+        lap = stopwatch(run.accelerator.device)
         scores, run.pictures = evaluate(run)
-        log.write({"iteration": 0, **scores, "seconds_eval": clock.lap()}, run.pictures)
+        log.write({"iteration": 0, **scores, "seconds_eval": lap()}, run.pictures)
         if run.accelerator.is_main_process:
             save_file({"pictures": run.pictures.contiguous()}, run.out / "before.safetensors")
     quiet = not run.accelerator.is_main_process
@@ -345,10 +340,10 @@ def train(run: Run) -> None:
         run.iteration = iteration + 1
         last = run.iteration == o.iterations
         if last or run.iteration % o.eval_every == 0:
-            clock = Clock(run.accelerator.device)
+            lap = stopwatch(run.accelerator.device)
             scores, run.pictures = evaluate(run)
             pictures = run.pictures
-            row |= scores | {"seconds_eval": clock.lap()}
+            row |= scores | {"seconds_eval": lap()}
             held = scores["heldout_reward"]
         log.write(row, pictures)
         if last or run.iteration % o.save_every == 0:

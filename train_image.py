@@ -10,7 +10,6 @@ With no flag it takes the embedded default, a small real FLUX that draws coloure
 Progress goes to stderr; the last line on stdout is one JSON document. Bad input is one sentence and exit code 2.
 """
 
-import json
 import sys
 
 import flags
@@ -28,12 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         flags.resolve(o)
         prompts, heldout = flags.load_prompts(o, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
-        print(flags.describe(o, prompts, heldout))
-        document = loop.main(o, FluxPolicy, prompts, heldout, report.write)
+        loop.main(o, FluxPolicy, prompts, heldout, report.write)
     except (ValueError, NonFinite) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ PROMPTS = ['red "CAT"', 'blue "HOUSE"', 'teal "OWL"']
 def folder(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("flux")
-    pipe = build(path)
+    pipe = build()
     pipe.vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)  # values that a typed-in constant would miss
     pipe.save_pretrained(path)
     return path

@@ -114,7 +114,7 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, capsys, tmp_path, monkeypat
     monkeypatch.setattr(loop, "iterate", iterate)
     (out / ".writing").mkdir(exist_ok=True)  # as a kill inside a save leaves it
     (out / ".writing" / "trainable.safetensors").write_bytes(b"half")
-    run(capsys, "--resume", out)
+    run(capsys, *(["--resume", out] if stop_at else ["--out", out, "--resume"]))
     assert rows(out) == rows(finished[0])
     saved = [FluxPipeline.from_pretrained(p / "model").transformer.state_dict() for p in (out, finished[0])]
     assert all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])

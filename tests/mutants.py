@@ -1,0 +1,140 @@
+"""Plants faults in the mathematics, one at a time, and expects the tests to turn red for each.
+
+    make mutants            # all, about 6 minutes on one core;   python tests/mutants.py 3 17    only these
+
+Each mutant is a file, a text that stands in it exactly once, and a wrong text. The tests run on a copy of the project, in a
+forked process, so that libraries are imported once. The last line counts; the exit code is 1 if a fault went unnoticed.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = {"sde": "test_sde", "tree": "test_tree", "branchgrpo": "test_branchgrpo", "schedules": "test_schedules"}
+FUSE = "weights = (beta * path_logp.double()).unflatten(1, (n, -1)).softmax(-1)"
+CENTRE = "centred = rewards.double() - rewards.double().mean(1, keepdim=True)"
+DROPPED = "set(range(max(start, forest.last_split + 1), start + width))"
+MUTANTS = [
+    ("sde", "u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps", "u = torch.arange(steps + 1.0) / steps"),
+    ("sde", "return shift * u / (1 + (shift - 1) * u)", "return shift * u / (1 + shift * u)"),
+    ("sde", "score_drift = (eta**2 / 2)", "score_drift = (eta**2)"),
+    ("sde", "return x + v * dt + score_drift * dt, eta", "return x + v * dt - score_drift * dt, eta"),
+    ("sde", "score_drift * dt, eta * (-dt).sqrt()", "score_drift * dt, eta * -dt"),
+    ("sde", "v_scale = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt", "v_scale = dt"),
+    ("sde", "1 - torch.where(sigma >= 1, sigma_1, sigma)", "1 - torch.where(sigma >= 1, 0.99, sigma)"),
+    ("sde", "(sigma_next**2 - std**2).sqrt()", "(sigma_next - std)"),
+    ("sde", "x1hat = x - sigma * v, x + (1 - sigma) * v", "x1hat = x - sigma * v, x + (1 - sigma_next) * v"),
+    ("sde", "square = ((x - mean) ** 2).flatten(1).mean(1)", "square = ((x - mean) ** 2).flatten(1).sum(1)"),
+    ("sde", "return -square / (2 * std**2) - std.log()", "return -square / (2 * std**2)"),
+    ("sde", "own = (shared + s * own) / math.sqrt(1 + s**2)", "own = shared + s * own"),
+    ("sde", "own = (shared + s * own) / math.sqrt(1 + s**2)", "own = (s * shared + own) / math.sqrt(1 + s**2)"),
+    ("sde", "return own.flatten(0, 1)", "return own.transpose(0, 1).flatten(0, 1)"),
+    ("tree", "(self.sizes[of] // self.sizes[depth])", "self.sizes[depth]"),
+    ("tree", "return self.chosen[step] and step < self.steps - 1", "return self.chosen[step]"),
+    ("tree", "if not 0 <= i <= steps - 2", "if not 0 <= i <= steps - 1"),
+    ("tree", "{*chosen, *splits}", "{*chosen}"),
+    ("tree", CENTRE, "centred = rewards.double() - rewards.double().mean()"),
+    ("tree", FUSE, FUSE.replace("(beta *", "(-beta *")),
+    ("tree", FUSE, "weights = (beta * path_logp.double()).softmax(-1).unflatten(1, (n, -1))"),
+    ("tree", "for r in fused[1:]:", "for r in fused[:-1]:"),
+    ("tree", "std = r.std(1, correction=0, keepdim=True)", "std = r.std(1, keepdim=True)"),
+    ("tree", "std = r.std(1, correction=0, keepdim=True)", "std = r.std(correction=0)"),
+    ("tree", "torch.where(std < 1e-6, 0.0, z)", "z"),
+    ("tree", ".clamp(-clip, clip))", ".clamp(max=clip))"),
+    ("tree", "after = forest.last_split + 1  #", "after = forest.last_split  #"),
+    ("tree", "best = siblings.sort(dim=-1, descending=True, stable=True)", "best = siblings.sort(dim=-1, stable=True)"),
+    ("tree", "extremes = torch.cat([order[:, :b], order[:, -b:]], 1)", "extremes = order[:, : 2 * b]"),
+    ("tree", DROPPED, DROPPED.replace("start + width", "start + width + 1")),
+    ("tree", DROPPED, "set(range(start, start + width))"),
+    ("tree", "return min(first + iteration // every, last)", "return first + iteration // every"),
+    ("tree", "t.unflatten(0, (n, -1)).any(1)", "t.unflatten(0, (n, -1)).all(1)"),
+    ("tree", "(torch.broadcast_tensors(*level)).all(0)", "(torch.broadcast_tensors(*level)).any(0)"),
+    ("branchgrpo", 'self.kind if stochastic else "ode"', "self.kind"),
+    ("branchgrpo", "[:, forest.ancestors(i + 1, forest.steps)]", "[:, forest.ancestors(i, forest.steps)]"),
+    (
+        "branchgrpo",
+        "np.random.SeedSequence([seed, iteration, slot])",
+        "np.random.SeedSequence([seed + iteration, slot])",
+    ),
+    ("branchgrpo", "children = mean + std * noise", "children = mean + std**2 * noise"),
+    ("branchgrpo", "mean.repeat_interleave(k, 0), std", "mean.repeat(k, 1, 1), std"),
+    (
+        "branchgrpo",
+        "branch_noise(x.shape[1], k, shape, sampler.s, g)",
+        "branch_noise(x.shape[1], k, shape, math.inf, g)",
+    ),
+    ("branchgrpo", "for i in filter(forest.stochastic, range(forest.steps)):", "for i in range(forest.steps - 1):"),
+    ("branchgrpo", "mask = keep[i][prompts]", "mask = torch.ones_like(keep[i])[prompts]"),
+    ("branchgrpo", "cumsum(0).view_as(trained) - 1  #", "cumsum(0).view_as(trained)  #"),
+    ("branchgrpo", "1 / forest.sizes[i + 1] if loss_weight", "1 / forest.sizes[i] if loss_weight"),
+    ("branchgrpo", "return -torch.minimum(", "return -torch.maximum("),
+    ("branchgrpo", "ratio.clamp(1 - clip, 1 + clip) * advantage)", "ratio.clamp(max=1 + clip) * advantage)"),
+    ("branchgrpo", "- edges.logp_old[e]).exp()", "- edges.logp_old[e].roll(1)).exp()"),
+    ("branchgrpo", ").sum() / total[0]", ").mean()"),
+    ("branchgrpo", "(mean - mean_ref) ** 2 / (2 * std**2)", "(mean - mean_ref) ** 2 / std**2"),
+    ("branchgrpo", "c = take_cond(cond, edges.prompt[rows])", "c = take_cond(cond, edges.prompt[rows] * 0)"),
+    ("branchgrpo", ".float() * factor)", ".float())"),
+    ("schedules", "(step,), chosen=(step, step + 1))", "(step,), chosen=(step,))"),
+    ("schedules", "return range(start, start + o.mix)", "return range(start, start + o.mix - 1)"),
+    ("schedules", "np.ceil(o.timestep_fraction", "np.floor(o.timestep_fraction"),
+    (
+        "schedules",
+        "return [s * len(std) / sum(std) for s in std] + [0.0]",
+        "return [s / max(std) for s in std] + [0.0]",
+    ),
+]
+
+
+def survives(name: str, right: str, wrong: str) -> bool:
+    """Whether the tests stay green on a copy of the project with this fault."""
+    import pytest
+
+    with tempfile.TemporaryDirectory() as folder:
+        for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", *(ROOT / "tests").glob("*.py")]:
+            target = Path(folder) / path.relative_to(ROOT)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+        source = Path(folder) / f"{name}.py"
+        text = source.read_text()
+        assert text.count(right) == 1, f"{name}.py must hold {right!r} exactly once"
+        source.write_text(text.replace(right, wrong))
+        child = os.fork()
+        if child == 0:
+            os.chdir(folder)
+            os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = folder
+            sys.path[:0] = [folder, f"{folder}/tests"]
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1), os.dup2(null, 2)
+            order = sorted(TESTS.values(), key=lambda t: t != TESTS[name])  # its own tests first
+            code = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *(f"tests/{t}.py" for t in order)])
+            os._exit(int(code))
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def main() -> int:
+    """Run the mutants named by number, or all."""
+    import accelerate  # noqa: F401  imported once, before the forks
+    import diffusers  # noqa: F401
+    import hypothesis  # noqa: F401
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+    from diffusers import FluxPipeline  # noqa: F401
+
+    sys.path = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
+    sys.dont_write_bytecode = True
+    chosen = [int(a) for a in sys.argv[1:]] or range(len(MUTANTS))
+    alive = []
+    for i in chosen:
+        name, right, wrong = MUTANTS[i]
+        survived = survives(name, right, wrong)
+        alive += [i] * survived
+        print(f"{i:3d} {'SURVIVED' if survived else 'noticed '} {name}.py: {right[:50]} -> {wrong[:50]}", flush=True)
+    print(f"{len(chosen) - len(alive)} noticed, {len(alive)} unnoticed")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

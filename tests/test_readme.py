@@ -1,0 +1,117 @@
+"""The README agrees with the code: its links, its snippets and its commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import flags
+import rewards
+import schedules
+import sde
+import train_image
+
+HERE = Path(__file__).parent.parent
+README = (HERE / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_links_point_at_files():
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    assert len(links) > 15
+    for link in links:
+        assert (HERE / link).exists(), link
+
+
+def test_linked_functions_exist():
+    """`name`](file.py): the file defines that name."""
+    linked = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", README)
+    assert len(linked) > 10
+    for name, file in linked:
+        assert re.search(rf"^(def|class) {name}\b", (HERE / file).read_text(), re.M), (name, file)
+
+
+def test_the_algorithm_has_at_most_eight_steps():
+    section = README.split("## The algorithm")[1].split("\n## ")[0]
+    assert 5 <= len(re.findall(r"^\d\. ", section, re.M)) <= 8
+
+
+def test_snippets_are_short():
+    assert len(SNIPPETS) == 3
+    for snippet in SNIPPETS:
+        assert len([line for line in snippet.splitlines() if line.strip() and "import" not in line]) <= 10
+
+
+@pytest.mark.parametrize(
+    "snippet, argv",
+    zip(SNIPPETS, ["--reward ocr:1,light:0.1", "--method late", "--sde constant --eta 0.2"]),
+    ids=["reward", "schedule", "step"],
+)
+def test_snippets_train(snippet, argv, tmp_path, capsys):
+    """Each snippet, with the flags that the README names, runs an iteration."""
+    saved = [(t, dict(t)) for t in (rewards.REWARDS, schedules.METHODS, sde.STEPS)]
+    try:
+        exec(snippet, {})
+        small = "--iterations 1 --leaves 4 --prompts-per-iteration 1 --eval-size 2"
+        train_image.main([*small.split(), *argv.split(), "--out", str(tmp_path / "a")])
+    finally:
+        for table, before in saved:
+            table.clear()
+            table.update(before)
+    assert '"iterations": 1' in capsys.readouterr().out
+    assert argv in README.replace("`", "")
+
+
+def test_commands_parse():
+    """Every `python train_image.py ...` of the README is accepted by the flags."""
+    text = README.replace("\\\n", " ")
+    commands = re.findall(r"^python train_image\.py(.*)$", text, re.M)
+    assert len(commands) > 5
+    parser = flags.parser("", "", 32, 64, "ocr")
+    for command in commands:
+        argv = shlex.split(command, comments=True)
+        if "--help" not in argv:
+            flags.resolve(parser.parse_args(argv))
+
+
+def test_size():
+    """Top-level code and tiny/ together at most 2,500 lines, no function over 60."""
+    import ast
+
+    total = 0
+    for path in [*HERE.glob("*.py"), *HERE.glob("tiny/*.py")]:
+        text = path.read_text()
+        total += text.count("\n")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+    assert total <= 2500
+
+
+def test_flags_reach_the_code():
+    """Every flag is read somewhere: none is parsed and forgotten."""
+    code = "".join(p.read_text() for p in HERE.glob("*.py"))
+    for action in flags.parser("", "", 32, 64, "ocr")._actions:
+        if action.dest != "help":
+            assert re.search(rf"\bo\.{action.dest}\b", code), action.dest
+
+
+def test_every_default_is_shown(capsys):
+    """--help names a default for every flag that takes a value."""
+    with pytest.raises(SystemExit):
+        train_image.main(["--help"])
+    shown = capsys.readouterr().out
+    entries = re.split(r"\n  (?=--)", shown)[1:]
+    assert len(entries) > 40
+    for entry in entries:
+        assert "default" in entry or any(w in entry for w in ("bare", "parent-top1")), entry
+
+
+def test_mutants_still_apply():
+    """Every planted fault of `make mutants` finds its text exactly once; there are at least 25."""
+    from mutants import MUTANTS
+
+    assert len(MUTANTS) >= 25
+    for name, right, wrong in MUTANTS:
+        assert (HERE / f"{name}.py").read_text().count(right) == 1 and right != wrong, right
