@@ -123,7 +123,8 @@ def test_the_last_step_is_never_stochastic_and_splits_always_are():
     ],
 )
 def test_bad_trees_are_errors(steps, branch, splits, roots):
-    with pytest.raises(ValueError):
+    """The message names the flag to change."""
+    with pytest.raises(ValueError, match="--(splits|branch|roots) must"):
         make_forest(steps, branch, splits, roots)
 
 
