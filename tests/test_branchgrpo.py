@@ -322,23 +322,15 @@ def test_prune_keeps_the_oracles_edges(width, depth, chosen):
         assert mask.tolist() == [[e.kept for e in tree.level(i + 1)] for tree in trees], f"step {i}"
 
 
-@pytest.mark.parametrize("prompts", [[0, 1, 2], [1], [2, 0]])
-@pytest.mark.parametrize("width, depth", PRUNINGS)
-@pytest.mark.parametrize("loss_weight", ["edge", "path"])
-@pytest.mark.parametrize("chosen", [None, {1, 4, 5, 6}])
-def test_gather_enumerates_the_trained_edges(prompts, width, depth, loss_weight, chosen):
-    """Step by step, prompt by prompt, parent by parent: each trained parent once, each kept stochastic edge once."""
-    forest, sampler, trees = case(steps=7, branch=3, splits=(0, 2), chosen=chosen)
-    _, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out, width=width, depth=depth)
+def check_gather(out, forest, trees, keep, advantages, prompts, loss_weight):
+    """gather() against an enumeration: by step, by prompt, by parent, by child."""
     edges = gather(out, forest, keep, advantages, torch.tensor(prompts), loss_weight)
-
     rows, columns = [], []
     for i in range(7):
         for p in prompts:
             for parent in trees[p].level(i):
                 trained = [e for e in parent.children if e.kept and trees[p].stochastic(i)]
-                columns += [(len(rows), e, trees[p], i) for e in trained]
+                columns += [(len(rows), e) for e in trained]
                 rows += [(parent, i, p)] * bool(trained)
     assert len(rows) > 0 and edges.step.tolist() == [r[1] for r in rows]
     assert edges.prompt.tolist() == [r[2] for r in rows]
@@ -348,6 +340,33 @@ def test_gather_enumerates_the_trained_edges(prompts, width, depth, loss_weight,
     np.testing.assert_allclose(edges.logp_old.numpy(), [c[1].logp for c in columns], rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(edges.advantage.numpy(), [c[1].advantage for c in columns], rtol=1e-5, atol=1e-6)
     assert 6 not in edges.step.tolist()
+
+
+@pytest.mark.parametrize("prompts", [[0, 1, 2], [1], [2, 0]])
+@pytest.mark.parametrize("width, depth", PRUNINGS)
+@pytest.mark.parametrize("loss_weight", ["edge", "path"])
+@pytest.mark.parametrize("chosen", [None, {1, 4, 5, 6}])
+def test_gather_enumerates_the_trained_edges(prompts, width, depth, loss_weight, chosen):
+    """Step by step, prompt by prompt, parent by parent: each trained parent once, each kept stochastic edge once."""
+    forest, sampler, trees = case(steps=7, branch=3, splits=(0, 2), chosen=chosen)
+    _, out = rolled(forest, sampler, trees)
+    _, advantages, keep = credited(forest, trees, out, width=width, depth=depth)
+    check_gather(out, forest, trees, keep, advantages, prompts, loss_weight)
+
+
+@pytest.mark.parametrize("chosen", [None, {1, 4}])
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_gather_takes_any_mask(share, chosen):
+    """Some siblings kept and some not: a parent is trained while one is; deterministic edges never, even where kept."""
+    forest, sampler, trees = case(steps=7, branch=3, splits=(0, 2), chosen=chosen)
+    _, out = rolled(forest, sampler, trees)
+    _, advantages, _ = credited(forest, trees, out)
+    rng, keep = np.random.default_rng(0), []
+    for i in range(7):
+        for e in (e for tree in trees for e in tree.level(i + 1)):
+            e.kept = bool(rng.random() < share)
+        keep.append(torch.tensor([[e.kept for e in tree.level(i + 1)] for tree in trees]))
+    check_gather(out, forest, trees, keep, advantages, [0, 1, 2], "edge")
 
 
 def test_gather_counts_the_papers_tree():

@@ -620,3 +620,13 @@ def test_the_drawing_has_a_row_a_leaf_and_shows_every_split():
     text = "\n".join(rows)
     assert text.count("┬") == 2 * (1 + 3) and text.count("└") == 2 * (1 + 3) and text.count("├") == 2 * (1 + 3)
     assert text.count("o") == 2 and all(r.index(" leaf") == 1 + 2 * 5 for r in rows)
+
+
+def test_a_drawing_by_hand():
+    """K = 2, splits at steps 0 and 2 of 4: a corner for every second child, a bar where a later sibling's line passes."""
+    assert tree.draw(make_forest(4, 2, (0, 2))).splitlines() == [
+        "o┬───┬─── leaf 0",
+        " │   └─── leaf 1",
+        " └───┬─── leaf 2",
+        "     └─── leaf 3",
+    ]

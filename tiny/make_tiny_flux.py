@@ -120,10 +120,11 @@ def choose_heldout(rng: random.Random, n: int) -> list[str]:
 
 
 def write_prompts(words: Words, heldout: list[str], n_train: int, folder: Path) -> None:
-    """prompts_heldout.txt and prompts_train.txt, a prompt a line, the colours in turn."""
+    """prompts_heldout.txt, and prompts_train.txt of four letters, where the mistakes are; the colours in turn."""
     train = {}
     while len(train) < n_train:
-        train[words.draw()] = None
+        word = words.draw()
+        train |= {word: None} if len(word) == max(LENGTHS) else {}
     for name, strings in (("heldout", heldout), ("train", train)):
         lines = [f'{COLOURS[i % len(COLOURS)]} "{w}"\n' for i, w in enumerate(strings)]
         (folder / f"prompts_{name}.txt").write_text("".join(lines))
@@ -270,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "flux", help="folder of the pipeline; prompts go beside it")
     parser.add_argument("--vae-steps", type=int, default=2400, help="of 16 pictures; 4 minutes on one core")
-    parser.add_argument("--stop-at", type=float, default=0.45, help="share of words right that ends pre-training")
+    parser.add_argument("--stop-at", type=float, default=0.3, help="share of words right that ends pre-training")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     o = parser.parse_args()
     began = time.perf_counter()
