@@ -112,7 +112,11 @@ def add_tree_flags(g) -> None:
 def add_learning_flags(p, reward: str) -> None:
     """Steps, credit, loss and optimisation."""
     g = p.add_argument_group("steps").add_argument
-    g("--sde", choices=[k for k in STEPS if k != "ode"], help="kind of stochastic step; default: the method's own")
+    g(
+        "--sde",
+        choices=[k for k in STEPS if k != "ode"],
+        help="kind of stochastic step; default: cps for branchgrpo-mix (tuned), else the method's own",
+    )
     g("--eta", type=POSITIVE, help="noise strength; default: tuned (FLUX.1-dev: dance .3, flow .7, cps .8)")
     g("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
     g = p.add_argument_group("credit and loss").add_argument
@@ -127,9 +131,9 @@ def add_learning_flags(p, reward: str) -> None:
     g("--timestep-fraction", type=share, default=1.0, help="share of stochastic steps trained (DanceGRPO: .6, 1)")
     g = p.add_argument_group("optimisation").add_argument
     g("--iterations", type=FROM_ZERO, default=300, help="0 only evaluates (paper: 300)")
-    g("--prompts-per-iteration", type=COUNT, default=8, help="over all processes")
+    g("--prompts-per-iteration", type=COUNT, default=4, help="over all processes")
     g("--updates", type=COUNT, default=1, help="optimiser steps an iteration; 1 is exactly on-policy")
-    g("--lr", type=POSITIVE, default=1e-4, help="AdamW (paper: 1e-5 full, field: 3e-4 LoRA)")
+    g("--lr", type=POSITIVE, default=5e-5, help="AdamW (paper: 1e-5 full, field: 3e-4 LoRA)")
     g("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="AdamW (paper: 1e-4)")
     g("--max-grad-norm", type=NOT_NEGATIVE, default=1.0, help="0 = no clipping (field: 1; .01 cures collapses)")
     decay = number(float, 0, 1, below=True)
@@ -196,7 +200,7 @@ def check_windows(o) -> None:
         raise ValueError(f"--width-prune extreme-B needs 1 <= B <= leaves / 2 = {o.leaves // 2}, got {o.width_prune}")
 
 
-TUNED_ETA = {"dance": (1.6, 0.7), "flow": (0.7, 0.7), "cps": (0.8, 0.8)}  # few stochastic steps, all of them
+TUNED_ETA = {"dance": (1.6, 0.7), "flow": (0.7, 0.7), "cps": (0.7, 0.7)}  # few stochastic steps, all of them
 
 
 def resolve(o) -> None:
@@ -206,7 +210,8 @@ def resolve(o) -> None:
         ValueError: one sentence: the flag, the value, what is allowed.
     """
     resolve_tree(o)
-    o.sde = o.sde or ("dance" if o.method in DANCE_STEPS else "flow")
+    published = "dance" if o.method in DANCE_STEPS else "flow"
+    o.sde = o.sde or ("cps" if o.method == "branchgrpo-mix" else published)
     if o.eta is None:
         o.eta = TUNED_ETA.get(o.sde, (0.3, 0.3))[o.method in ("branchgrpo", "dancegrpo", "flowgrpo")]
     if o.sde == "cps" and o.eta >= 1:
