@@ -22,7 +22,7 @@ from policies import FluxPolicy
 def main(argv: list[str] | None = None) -> None:
     """Parse, resolve, train, report."""
     tiny = flags.HERE / "tiny"
-    parser = flags.parser(__doc__.splitlines()[0], str(tiny / "flux"), height=32, width=64, reward="ocr:1,colour:0.5")
+    parser = flags.parser(__doc__.splitlines()[0], str(tiny / "flux"), height=32, width=64, reward="ocr:1,colour:1")
     o = parser.parse_args(argv)
     try:
         flags.resolve(o)
