@@ -164,8 +164,8 @@ def stopwatch(device: torch.device):
     return lap
 
 
-def iterate(run: Run, iteration: int) -> dict:
-    """One iteration: roll out, score, credit, prune, update; returns its row of metrics."""
+def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
+    """One iteration: roll out, score, credit, prune, update; returns its row of metrics, and what histograms show."""
     o, acc, policy = run.o, run.accelerator, run.policy
     todo, sampler, lap = plan(o, iteration), run.sampler(), stopwatch(acc.device)
     forest, share = todo.forest, o.prompts_per_iteration // acc.num_processes
@@ -202,7 +202,8 @@ def iterate(run: Run, iteration: int) -> dict:
         "trained_edges": counts["trainable"] * o.prompts_per_iteration,
         "nfe": (counts["forwards"] + counts["trained_parents"]) * o.prompts_per_iteration,
     }
-    return row | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
+    row |= {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
+    return row, {"leaf_rewards": leaf_rewards, "advantages": torch.cat(advantages, 1)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -305,8 +306,8 @@ class Log:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in run.history))
             self.board = SummaryWriter(run.out / "tensorboard", purge_step=run.iteration + 1)
 
-    def write(self, row: dict, pictures: Tensor | None = None) -> None:
-        """Append one row; scalars to TensorBoard, and pictures where there are some."""
+    def write(self, row: dict, pictures: Tensor | None = None, histograms: dict[str, Tensor] | None = None) -> None:
+        """Append one row; scalars to TensorBoard, and pictures and histograms where there are some."""
         self.run.history.append(row)
         if not self.main:
             return
@@ -317,6 +318,8 @@ class Log:
                 self.board.add_scalar(name, value, row["iteration"])
         if pictures is not None:
             self.board.add_images("heldout", pictures, row["iteration"])
+        for name, values in (histograms or {}).items():
+            self.board.add_histogram(name, values, row["iteration"])
 
 
 def train(run: Run) -> None:
@@ -336,7 +339,8 @@ def train(run: Run) -> None:
     bar = tqdm(total=o.iterations, initial=run.iteration, desc=o.method, file=sys.stderr, disable=quiet)
     held = [r["heldout_reward"] for r in run.history if "heldout_reward" in r][-1]
     for iteration in range(run.iteration, o.iterations):
-        row, pictures = {"iteration": iteration + 1} | iterate(run, iteration), None
+        row, histograms = iterate(run, iteration)
+        row, pictures = {"iteration": iteration + 1} | row, None
         run.iteration = iteration + 1
         last = run.iteration == o.iterations
         if last or run.iteration % o.eval_every == 0:
@@ -345,7 +349,7 @@ def train(run: Run) -> None:
             pictures = run.pictures
             row |= scores | {"seconds_eval": lap()}
             held = scores["heldout_reward"]
-        log.write(row, pictures)
+        log.write(row, pictures, histograms)
         if last or run.iteration % o.save_every == 0:
             save_checkpoint(run)
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{held:.3f}")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 
 import loop
 import train_image
@@ -82,7 +83,9 @@ def test_what_a_run_leaves_behind(finished):
     pipe.set_progress_bar_config(disable=True)
     picture = pipe('red "CAT"', height=32, width=64, num_inference_steps=2, max_sequence_length=16).images[0]
     assert picture.size == (64, 32)
-    assert any((out / "tensorboard").iterdir())
+    board = event_accumulator.EventAccumulator(str(out / "tensorboard")).Reload().Tags()
+    assert {"reward_mean", "heldout_exact"} <= set(board["scalars"])
+    assert board["images"] and set(board["histograms"]) == {"leaf_rewards", "advantages"}
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     wanted = "reward_mean reward_std reward_ocr reward_colour ratio_dev clip_frac kl grad_norm nfe loss"
     assert set(wanted.split()) <= set(rows(out)[1])
