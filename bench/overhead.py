@@ -73,16 +73,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=4, help="trees an iteration")
     parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--repetitions", type=int, default=5)
     o = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(o.threads)
     policy = FluxPolicy.load(o.model, o.height, o.width)
     cond = policy.encode([f'red "WORD{i}"' for i in range(o.prompts)])
     forest = make_forest(20, 2, (0, 3, 6, 9))
     sampler = Sampler(sigma_schedule(20, 3.0), "dance", 0.3)
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.AdamW(policy.trainable(), lr=1e-6))
-    o.clip, o.kl, o.max_grad_norm, o.micro_batch = 1e-4, 0.0, 1.0, o.micro_batch
+    o.clip, o.kl, o.max_grad_norm = 1e-4, 0.0, 1.0
     rewards = torch.rand(o.prompts, forest.leaves)
 
     def whole_training(out):
