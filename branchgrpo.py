@@ -17,6 +17,7 @@ the field is a forest with a schedule (schedules.py), so baselines share all of 
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -245,7 +246,7 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
         first, last = torch.searchsorted(edges.parent, torch.tensor([rows.start, rows.stop], device=device)).tolist()
         e, at = slice(first, last), edges.parent[first:last] - rows.start
         last_one = rows.stop == n_parents
-        with accelerator.no_sync(policy.transformer) if not last_one else accelerator.autocast():
+        with nullcontext() if last_one else accelerator.no_sync(policy.transformer):  # DDP sums at the end
             c = take_cond(cond, edges.prompt[rows])
             v = velocity(policy, edges.x[rows], edges.step[rows], sampler, c)
             mean, std = sampler.moments(edges.step[rows], edges.x[rows], v)
