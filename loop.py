@@ -143,11 +143,10 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
 # ----------------------------------------------------------------------------------------------------------- iteration
 def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
     """Entries first .. first + n - 1 of the endless stream of prompts: each epoch is a new permutation."""
-    chosen = []
-    for position in range(first, first + n):
-        epoch, at = divmod(position, len(prompts))
-        chosen.append(prompts[np.random.default_rng([seed, epoch, 2]).permutation(len(prompts))[at]])
-    return chosen
+    size = len(prompts)
+    epochs = range(first // size, (first + n - 1) // size + 1)
+    order = {e: np.random.default_rng([seed, e, 2]).permutation(size) for e in epochs}
+    return [prompts[order[i // size][i % size]] for i in range(first, first + n)]
 
 
 def stopwatch(device: torch.device):

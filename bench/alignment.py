@@ -9,7 +9,7 @@ Rule        Same leaves, same updates, same prompts. Each arm runs at its own be
             by successive halving on prompts that are neither trained on nor tested on. Median over seeds and each seed's
             value are reported; a seed that never reaches the mark counts as "not reached".
 
-    python bench/alignment.py            # 40 minutes on 2 cores; resumes where it was stopped
+    python bench/alignment.py            # resumes where it was stopped
 """
 
 import argparse

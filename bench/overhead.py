@@ -6,7 +6,7 @@ Hypothesis  Rollout at most 1.10 times the bare calls at the same batch shapes, 
 Metric      Ratios of seconds, measured in turn in one process, median and range over repetitions.
 Rule        The medians against the three bounds.
 
-    python bench/overhead.py             # 3 minutes; the paper's tree: T = 20, splits 0,3,6,9, 16 leaves, all stochastic
+    python bench/overhead.py             # 2 minutes on 2 cores; the paper's tree: T = 20, splits 0,3,6,9, 16 leaves, all stochastic
 """
 
 import argparse

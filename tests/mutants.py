@@ -1,6 +1,6 @@
 """Plants faults in the mathematics, one at a time, and expects the tests to turn red for each.
 
-    make mutants            # all, about 6 minutes on one core;   python tests/mutants.py 3 17    only these
+    make mutants            # all;   python tests/mutants.py 3 17    only these
 
 Each mutant is a file, a text that stands in it exactly once, and a wrong text. The tests run on a copy of the project, in a
 forked process, so that libraries are imported once. The last line counts; the exit code is 1 if a fault went unnoticed.
