@@ -137,6 +137,11 @@ def spread_splits(steps: int, branch: int, leaves: int, roots: int = 1) -> tuple
 
 
 # -------------------------------------------------------------------------------------------------------------- credit
+def path_weights(path_logp: Tensor, nodes: int, beta: float) -> Tensor:
+    """softmax_l(beta log p(l|n)) over the leaves below each of `nodes` nodes: (P, leaves) -> (P, nodes, leaves below)."""
+    return (beta * path_logp.double()).unflatten(1, (nodes, -1)).softmax(-1)
+
+
 def fuse(rewards: Tensor, path_logp: Tensor, forest: Forest, beta: float) -> list[Tensor]:
     """Leaf rewards upwards (Eq. 3, arXiv:2509.06040v5): rbar(n) = sum_l w_l r_l, w = softmax_l(beta log p(l|n)).
 
@@ -154,15 +159,13 @@ def fuse(rewards: Tensor, path_logp: Tensor, forest: Forest, beta: float) -> lis
     centred = rewards.double() - rewards.double().mean(1, keepdim=True)
     fused = []
     for n in forest.sizes:
-        weights = (beta * path_logp.double()).unflatten(1, (n, -1)).softmax(-1)  # (P, n_d, leaves below)
-        fused.append((weights * centred.unflatten(1, (n, -1))).sum(-1))
+        fused.append((path_weights(path_logp, n, beta) * centred.unflatten(1, (n, -1))).sum(-1))
     return fused
 
 
 def effective_leaves(path_logp: Tensor, forest: Forest, beta: float) -> Tensor:
     """1 / sum_l w_l^2 over the leaves below each root, (P, roots): how many leaves fusion really listens to."""
-    weights = (beta * path_logp.double()).unflatten(1, (forest.roots, -1)).softmax(-1)
-    return 1 / (weights**2).sum(-1)
+    return 1 / (path_weights(path_logp, forest.roots, beta) ** 2).sum(-1)
 
 
 def depth_advantages(fused: list[Tensor], clip: float = 5.0, eps: float = 1e-4) -> list[Tensor]:

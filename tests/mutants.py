@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {"sde": "test_sde", "tree": "test_tree", "branchgrpo": "test_branchgrpo", "schedules": "test_schedules"}
-FUSE = "weights = (beta * path_logp.double()).unflatten(1, (n, -1)).softmax(-1)"
+FUSE = "return (beta * path_logp.double()).unflatten(1, (nodes, -1)).softmax(-1)"
 CENTRE = "centred = rewards.double() - rewards.double().mean(1, keepdim=True)"
 DROPPED = "set(range(max(start, forest.last_split + 1), start + width))"
 MUTANTS = [
@@ -38,7 +38,7 @@ MUTANTS = [
     ("tree", "{*chosen, *splits}", "{*chosen}"),
     ("tree", CENTRE, "centred = rewards.double() - rewards.double().mean()"),
     ("tree", FUSE, FUSE.replace("(beta *", "(-beta *")),
-    ("tree", FUSE, "weights = (beta * path_logp.double()).softmax(-1).unflatten(1, (n, -1))"),
+    ("tree", FUSE, "return (beta * path_logp.double()).softmax(-1).unflatten(1, (nodes, -1))"),
     ("tree", "for r in fused[1:]:", "for r in fused[:-1]:"),
     ("tree", "std = r.std(1, correction=0, keepdim=True)", "std = r.std(1, keepdim=True)"),
     ("tree", "std = r.std(1, correction=0, keepdim=True)", "std = r.std(correction=0)"),
