@@ -133,7 +133,9 @@ def add_learning_flags(p, reward: str) -> None:
     g("--iterations", type=FROM_ZERO, default=400, help="0 only evaluates (paper: 300)")
     g("--prompts-per-iteration", type=COUNT, default=4, help="over all processes")
     g("--updates", type=COUNT, default=1, help="optimiser steps an iteration; 1 is exactly on-policy")
-    g("--lr", type=POSITIVE, default=5e-5, help="AdamW (paper: 1e-5 full, field: 3e-4 LoRA)")
+    g("--lr", type=POSITIVE, default=7e-5, help="AdamW (paper: 1e-5 full, field: 3e-4 LoRA)")
+    share = number(float, 0, 1)
+    g("--lr-end", type=share, default=0.0, help="share of --lr left at the end, linear (paper: 1, constant)")
     g("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="AdamW (paper: 1e-4)")
     g("--max-grad-norm", type=NOT_NEGATIVE, default=1.0, help="0 = no clipping (field: 1; .01 cures collapses)")
     decay = number(float, 0, 1, below=True)
@@ -196,6 +198,8 @@ def check_windows(o) -> None:
         raise ValueError(
             "--depth-prune and --width-prune drop steps after the last split; with --mix 0 none is trained"
         )
+    if o.width_prune == "parent-top1" and not o.splits:
+        raise ValueError("--width-prune parent-top1 needs a split, and these --leaves and --roots leave none")
     if isinstance(o.width_prune, int) and not 1 <= o.width_prune <= o.leaves // 2:
         raise ValueError(f"--width-prune extreme-B needs 1 <= B <= leaves / 2 = {o.leaves // 2}, got {o.width_prune}")
 

@@ -182,6 +182,9 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     fused, advantages = credit(out, forest, leaf_rewards, o.fusion_beta, o.adv_clip)
     keep = prune(forest, fused, o.width_prune, todo.depth)
     keep = [k & (i in todo.trained_steps) for i, k in enumerate(keep)]
+    row["lr"] = o.lr * (1 - (1 - o.lr_end) * iteration / o.iterations)
+    for group in run.optimizer.param_groups:
+        group["lr"] = row["lr"]
     stats = []
     for part in torch.arange(share).chunk(o.updates):
         edges = gather(out, forest, keep, advantages, part, o.loss_weight, todo.step_weight)

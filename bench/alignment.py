@@ -31,7 +31,14 @@ ARMS = {
     "BranchGRPO + width": "--method branchgrpo --width-prune",
     "BranchGRPO-Mix, splits alone": "--method branchgrpo-mix --mix 0",
 }
-ETAS, LRS = (0.4, 0.8, 1.6, 2.4), (5e-5, 1e-4, 2e-4)
+STEPS = [("dance", eta) for eta in (0.4, 0.8, 1.6, 2.4)] + [("cps", eta) for eta in (0.3, 0.5, 0.7, 0.85)]
+GRID = [(sde, eta, lr) for sde, eta in STEPS for lr in (5e-5, 1e-4, 2e-4)]
+FINALISTS = len(GRID) // 6  # cells of the grid that run at full length
+
+
+def flags_of(setting: tuple) -> list[str]:
+    """A point of the grid as flags."""
+    return [text for name, value in zip(("--sde", "--eta", "--lr"), setting) for text in (name, str(value))]
 
 
 def run(folder: Path, flags: list[str]) -> list[dict]:
@@ -49,13 +56,13 @@ def run(folder: Path, flags: list[str]) -> list[dict]:
 def curve(rows: list[dict]) -> dict[str, list[float]]:
     """Held-out reward, exact match and colour against cumulated policy seconds, model evaluations and updates."""
     out = {k: [] for k in ("iteration", "seconds", "nfe", "reward", "exact", "ocr", "colour")}
-    seconds = nfe = 0
+    an_iteration = float(np.median([row["seconds_rollout"] + row["seconds_train"] for row in rows[1:]]))
+    nfe = 0
     for row in rows:
-        seconds += row.get("seconds_rollout", 0) + row.get("seconds_train", 0)
         nfe += row.get("nfe", 0)
         if "heldout_reward" in row:
             values = [row[f"heldout_{k}"] for k in ("reward", "exact", "ocr", "colour")]
-            for key, value in zip(out, [row["iteration"], seconds, nfe, *values]):
+            for key, value in zip(out, [row["iteration"], row["iteration"] * an_iteration, nfe, *values]):
                 out[key].append(value)
     return out
 
@@ -71,16 +78,14 @@ def seconds_to(c: dict, mark: float) -> float | None:
 
 
 def tune(arm: str, o, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
-    """Successive halving over the grid on tuning prompts: all cells briefly, the best third at full length."""
+    """Successive halving over the grid on tuning prompts: all cells for a third, the best sixth at full length."""
     files = ["--prompts", str(o.out / "tune_train.txt"), "--eval-prompts", str(o.out / "tune_heldout.txt")]
-    cells = [(eta, lr) for eta in ETAS for lr in LRS]
-    record = []
-    for iterations, keep in ((o.iterations // 3, max(1, len(cells) // 4)), (o.iterations, 1)):
+    cells, record = GRID, []
+    for iterations, keep in ((o.iterations // 3, FINALISTS), (o.iterations, 1)):
 
         def cell(setting, iterations=iterations):
-            eta, lr = setting
-            flags = [*ARMS[arm].split(), "--eta", str(eta), "--lr", str(lr), "--seed", "1000", *files, *o.shared]
-            name = f"tune/{arm}/{iterations}-{eta}-{lr}".replace(" ", "_")
+            flags = [*ARMS[arm].split(), *flags_of(setting), "--seed", "1000", *files, *o.shared]
+            name = "tune/{}/{}-{}-{}-{}".format(arm, iterations, *setting).replace(" ", "_")
             rows = run(o.out / name, [*flags, "--iterations", str(iterations), "--eval-every", str(iterations // 2)])
             bar.update()
             return curve(rows)["reward"][-1]
@@ -88,7 +93,7 @@ def tune(arm: str, o, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
         scores = list(pool.map(cell, cells))
         record.append({"iterations": iterations, "cells": [[*c, s] for c, s in zip(cells, scores)]})
         cells = [c for _, c in sorted(zip(scores, cells), reverse=True)[:keep]]
-    return {"eta": cells[0][0], "lr": cells[0][1], "grid": record}
+    return {"setting": cells[0], "grid": record}
 
 
 def compare(results: dict, seeds: list[int]) -> dict:
@@ -130,14 +135,13 @@ def main() -> None:
     (o.out / "tune_train.txt").write_text("".join(lines[:-256]))
     (o.out / "tune_heldout.txt").write_text("".join(lines[-256:]))
     arms = list(dict.fromkeys(["DanceGRPO", *o.arms]))
-    cells = len(ETAS) * len(LRS)
-    total = len(arms) * (cells + max(1, cells // 4) + o.seeds)
+    total = len(arms) * (len(GRID) + FINALISTS + o.seeds)
     with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=total, desc="runs", file=sys.stderr) as bar:
         tuned = {arm: tune(arm, o, pool, bar) for arm in arms}
 
         def final(task):
             seed, arm = task
-            flags = [*ARMS[arm].split(), "--eta", str(tuned[arm]["eta"]), "--lr", str(tuned[arm]["lr"]), *o.shared]
+            flags = [*ARMS[arm].split(), *flags_of(tuned[arm]["setting"]), *o.shared]
             flags += ["--seed", str(seed), "--iterations", str(o.iterations), "--eval-every", "5"]
             rows = run(o.out / f"{arm}-{seed}".replace(" ", "_"), flags)
             bar.update()
@@ -147,12 +151,14 @@ def main() -> None:
         curves = list(pool.map(final, tasks))
     results = {arm: [c for (_, a), c in zip(tasks, curves) if a == arm] for arm in arms}
     table = compare(results, list(range(o.seeds)))
-    print(f"{'arm':<30} {'eta':>5} {'lr':>7} {'reward':>8} {'exact':>7} {'s/update':>9} {'share of Dance seconds':>24}")
+    print(
+        f"{'arm':<30} {'steps, eta, lr':>22} {'reward':>8} {'exact':>7} {'s/update':>9} {'share of Dance seconds':>24}"
+    )
     for arm, row in table.items():
         share = "not reached" if row["median_share"] is None else f"{row['median_share']:.3f}"
         means = [np.mean(row[k]) for k in ("final_reward", "final_exact", "seconds_an_update")]
         numbers = f"{means[0]:8.3f} {means[1]:7.3f} {means[2]:9.3f} {share:>24}"
-        print(f"{arm:<30} {tuned[arm]['eta']:5g} {tuned[arm]['lr']:7g} {numbers}")
+        print(f"{arm:<30} {' '.join(map(str, tuned[arm]['setting'])):>22} {numbers}")
     document = {
         "arguments": vars(o) | {"out": "", "shared": o.shared},
         "tuned": tuned,

@@ -10,6 +10,7 @@ Rule        The medians against the three bounds.
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -25,6 +26,7 @@ from tqdm import tqdm  # noqa: E402
 
 from branchgrpo import Sampler, credit, gather, generators, prune, rollout, update  # noqa: E402
 from policies import FluxPolicy, take_cond  # noqa: E402
+from rewards import load_rewards, score  # noqa: E402
 from sde import sigma_schedule  # noqa: E402
 from tree import count, make_forest  # noqa: E402
 
@@ -53,16 +55,26 @@ def bare_training(policy, cond, edges, micro_batch: int) -> None:
         policy.velocity(edges.x[part], edges.step[part] / 20 + 0.01, c).sum().backward()
 
 
-def one_node_at_a_time(policy, cond, forest) -> None:
-    """The same forest as the published code walks it: a call a node, then forward and backward an edge, batch 1."""
-    c = {k: v[:1] for k, v in cond.items()}
-    x, sigma = torch.zeros(1, *policy.latent_shape), torch.full((1,), 0.5)
-    prompts, n = len(next(iter(cond.values()))), count(forest)
-    with torch.no_grad():
-        for _ in range(prompts * n["forwards"]):
-            policy.velocity(x, sigma, c)
-    for _ in range(prompts * n["trainable"]):
-        policy.velocity(x, sigma, c).sum().backward()
+def one_node_at_a_time(policy, cond, forest, prompts: list[str], rewards, optimizer) -> dict[str, float]:
+    """The same forest as the published code walks it: batch 1 for calls, decoding, rewards, and edges instead of parents.
+
+    Its own optimiser steps every 12 edges, as there; tree, noise, credit and loss are left out, in its favour. Returns
+    the seconds of its model calls and of all the rest.
+    """
+    n, sigma = count(forest), torch.full((1,), 0.5)
+    x = torch.zeros(1, *policy.latent_shape)
+    calls = rest = 0.0
+    for p, prompt in enumerate(prompts):
+        c = {k: v[p : p + 1] for k, v in cond.items()}
+        with torch.no_grad():
+            calls += seconds(lambda c=c: [policy.velocity(x, sigma, c) for _ in range(n["forwards"])])
+        for _ in range(forest.leaves):
+            rest += seconds(lambda prompt=prompt: score(rewards, policy.decode(x), [prompt]))
+        for edge in range(n["edges"]):
+            calls += seconds(lambda c=c: policy.velocity(x, sigma, c).sum().backward())
+            if edge % 12 == 11:
+                rest += seconds(lambda: (optimizer.step(), optimizer.zero_grad()))
+    return {"calls": calls, "all": calls + rest}
 
 
 def main() -> None:
@@ -78,7 +90,11 @@ def main() -> None:
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
     policy = FluxPolicy.load(o.model, o.height, o.width)
-    cond = policy.encode([f'red "WORD{i}"' for i in range(o.prompts)])
+    prompts = [f'red "WORD{i}"' for i in range(o.prompts)]
+    cond = policy.encode(prompts)
+    scorers, _ = load_rewards("ocr", "colour", prompts, torch.ones(1, 3, o.height, o.width))
+    other = copy.deepcopy(policy)  # trained one node at a time, so that the measured policy stays as it is
+    other_optimizer = torch.optim.AdamW(other.trainable(), lr=1e-6)
     forest = make_forest(20, 2, (0, 3, 6, 9))
     sampler = Sampler(sigma_schedule(20, 3.0), "dance", 0.3)
     accelerator = Accelerator(cpu=True)
@@ -96,23 +112,33 @@ def main() -> None:
     def roll():
         return rollout(policy, cond, forest, sampler, generators(0, 0, range(o.prompts)), o.micro_batch)
 
+    def decode_and_score(out):
+        each = [p for p in prompts for _ in range(forest.leaves)]
+        return score(scorers, policy.decode(out.latents[-1].flatten(0, 1)), each)
+
     out = roll()
     edges = whole_training(out)
     bare_rollout(policy, cond, forest, o.micro_batch)
-    raw = {k: [] for k in ("rollout", "bare_rollout", "training", "bare_training", "one_node")}
+    raw = {k: [] for k in ("rollout", "bare_rollout", "training", "bare_training", "decode_and_score")}
+    raw |= {"one_node_calls": [], "one_node_all": []}
     for _ in tqdm(range(o.repetitions), desc="repetitions", file=sys.stderr):
         raw["rollout"].append(seconds(roll))
         raw["bare_rollout"].append(seconds(lambda: bare_rollout(policy, cond, forest, o.micro_batch)))
         raw["training"].append(seconds(lambda: whole_training(out)))
         raw["bare_training"].append(seconds(lambda: bare_training(policy, cond, edges, o.micro_batch)))
-        raw["one_node"].append(seconds(lambda: one_node_at_a_time(policy, cond, forest)))
+        raw["decode_and_score"].append(seconds(lambda: decode_and_score(out)))
+        one = one_node_at_a_time(other, cond, forest, prompts, scorers, other_optimizer)
+        raw["one_node_calls"].append(one["calls"])
+        raw["one_node_all"].append(one["all"])
     r = {k: np.array(v) for k, v in raw.items()}
     ratios = {
         "rollout over bare calls": r["rollout"] / r["bare_rollout"],
         "training over bare forward and backward": r["training"] / r["bare_training"],
-        "one node at a time over ours": r["one_node"] / (r["rollout"] + r["training"]),
+        "one node at a time, model calls": r["one_node_calls"] / (r["rollout"] + r["training"]),
+        "one node at a time, iteration": r["one_node_all"] / (r["rollout"] + r["training"] + r["decode_and_score"]),
     }
-    for (name, values), bound in zip(ratios.items(), ("at most 1.10", "at most 1.15", "at least 8")):
+    bounds = ("at most 1.10", "at most 1.15", "for comparison", "at least 8")
+    for (name, values), bound in zip(ratios.items(), bounds):
         print(f"{name:<42} {np.median(values):6.2f}  [{values.min():.2f}, {values.max():.2f}]   {bound}")
     document = {"arguments": {k: v for k, v in vars(o).items() if k != "model"}, "seconds": raw}
     document["ratios"] = {k: float(np.median(v)) for k, v in ratios.items()}

@@ -240,6 +240,8 @@ BAD = [
     ("--mix 0 --depth-prune", "--mix 0"),
     ("--width-prune extreme-9", "leaves / 2"),
     ("--width-prune best", "parent-top1"),
+    ("--width-prune parent-top1 --leaves 4 --roots 4", "needs a split"),
+    ("--lr-end 1.5", "at most 1"),
     ("--updates 3", "must divide"),
     ("--timestep-fraction 0", "above 0"),
     ("--unknown-flag", "unrecognized"),
@@ -292,6 +294,15 @@ def test_heldout_prompts_are_unseen():
     drawn = set(strings["train"]) | {words.draw() for _ in range(20000)}
     for held in strings["heldout"]:
         assert not any(held in w or w in held for w in drawn), held
+
+
+def test_the_learning_rate_falls_linearly(capsys, tmp_path):
+    run(capsys, "--out", tmp_path / "a", "--lr", 1e-3, "--lr-end", 0.2)
+    run(capsys, "--out", tmp_path / "b", "--lr", 1e-3, "--lr-end", 1)
+    for name, wanted in (("a", [1e-3, 0.8e-3, 0.6e-3, 0.4e-3]), ("b", [1e-3] * 4)):
+        assert [row["lr"] for row in rows(tmp_path / name)[1:]] == pytest.approx(wanted)
+        state = torch.load(tmp_path / name / "checkpoint-4/optimizer.pt", weights_only=True)["optimizer"]
+        assert state["param_groups"][0]["lr"] == pytest.approx(wanted[-1])
 
 
 def test_the_prompt_stream_is_a_permutation_each_epoch():
