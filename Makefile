@@ -1,20 +1,25 @@
 # make demo   trains the embedded model and shows that it improved
 # make test   runs the tests;  make mutants  plants faults and expects the tests to notice each
+# make reference   proves the preference rewards equal to their official packages (6 GB, an environment of their own)
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test slow mutants lint
+.PHONY: demo test slow mutants reference lint
 demo: .venv
 	$(PY) train_image.py
 
 test: .venv
 	OMP_NUM_THREADS=1 $(PY) -m pytest
 
-slow: .venv
+slow: .venv .venv-reference
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
 
 mutants: .venv
 	OMP_NUM_THREADS=1 $(PY) tests/mutants.py
+
+reference: .venv .venv-reference
+	OMP_NUM_THREADS=1 .venv-reference/bin/python tests/reference/authority.py runs/reference
+	OMP_NUM_THREADS=1 $(PY) tests/reference/compare.py runs/reference
 
 lint: .venv
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
@@ -25,4 +30,12 @@ lint: .venv
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.PHONY: .venv-reference
+.venv-reference: .venv-reference/installed
+
+.venv-reference/installed: requirements-reference.txt
+	$(PYTHON) -m venv .venv-reference
+	.venv-reference/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-reference.txt
 	touch $@

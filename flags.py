@@ -17,7 +17,15 @@ from tree import count, make_forest, parse_splits, spread_splits
 HERE = Path(__file__).parent
 TREE_FLAGS = ("branch", "splits", "roots", "branch_noise", "width_prune", "depth_prune")
 BARE = -1  # a flag given without its value
-MAY_CHANGE = ("resume", "out", "eval_every", "save_every", "device", "micro_batch")  # between a run and its resumption
+MAY_CHANGE = (
+    "resume",
+    "out",
+    "eval_every",
+    "save_every",
+    "device",
+    "micro_batch",
+    "reward_offload",
+)  # between a run and its resumption
 
 
 def text_or_number(text: str) -> str | int:
@@ -121,6 +129,20 @@ def add_learning_flags(p, reward: str) -> None:
     g("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
     g = p.add_argument_group("credit and loss").add_argument
     g("--reward", default=reward, help=f"name:weight,... of {', '.join(REWARDS)}")
+    g(
+        "--reward-mix",
+        choices=("reward", "advantage"),
+        default="reward",
+        help="what is weighted and summed, see loop.py",
+    )
+    g(
+        "--reward-weights",
+        metavar="DIR",
+        help="folder of REPOSITORY/FILE for preference models; default: the hub's cache",
+    )
+    g("--reward-dtype", choices=("fp32", "bf16"), default="fp32", help="of preference models")
+    g("--reward-batch", type=COUNT, default=32, help="pictures at a time in a preference model")
+    g("--reward-offload", action="store_true", help="preference models wait on the CPU between scorings")
     g("--watch", default="auto", help="rewards to measure only; auto: ocr, colour where all prompts allow")
     g("--fusion-beta", type=NOT_NEGATIVE, default=1.0, help="beta of Eq. 3; 0 = plain mean (paper: 1)")
     g("--adv-clip", type=POSITIVE, default=5.0, help="A_max (DanceGRPO: 5)")

@@ -26,11 +26,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import rewards as R
-from branchgrpo import Sampler, credit, gather, generators, prune, rollout, sample_ode, update
+from branchgrpo import Rollout, Sampler, credit, gather, generators, prune, rollout, sample_ode, update
 from flags import MAY_CHANGE, describe
 from schedules import noise_sharing, plan
 from sde import sigma_schedule
-from tree import count, effective_leaves
+from tree import Forest, count, effective_leaves
 
 EVAL_KEY = 2**31  # the held-out noises are the same for every seed: runs are paired
 
@@ -163,6 +163,21 @@ def stopwatch(device: torch.device):
     return lap
 
 
+def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tensor]) -> tuple[Tensor, list, list]:
+    """The weighted rewards (P, leaves), and credit from them: fused rewards, which pruning ranks, and advantages.
+
+    --reward-mix reward: the credit of the weighted sum of rewards. advantage: the weighted sum of each reward's own
+    advantages, clipped again, so that no reward wins by its scale; leaves are then ranked by their sum.
+    """
+    o, each = run.o, {name: s.unflatten(0, (-1, forest.leaves)) for name, s in scores.items()}  # (P, leaves)
+    rewards = R.weighted_sum(each, run.weights)
+    if o.reward_mix == "reward":
+        return rewards, *credit(out, forest, rewards, o.fusion_beta, o.adv_clip)
+    parts = [(w, credit(out, forest, each[name], o.fusion_beta, o.adv_clip)[1]) for name, w in run.weights.items()]
+    summed = [sum(w * a[i] for w, a in parts).clamp(-o.adv_clip, o.adv_clip) for i in range(forest.steps)]
+    return rewards, summed[-1:], summed
+
+
 def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     """One iteration: roll out, score, credit, prune, update; returns its row of metrics, and what histograms show."""
     o, acc, policy = run.o, run.accelerator, run.policy
@@ -176,10 +191,9 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     pictures = policy.decode(out.latents[-1].flatten(0, 1))
     row["seconds_decode"] = lap()
     scores = R.score(run.rewards, pictures, [p for p in prompts for _ in range(forest.leaves)])
-    leaf_rewards = R.weighted_sum(scores, run.weights).unflatten(0, (share, forest.leaves))  # (P, leaves)
     row["seconds_reward"] = lap()
 
-    fused, advantages = credit(out, forest, leaf_rewards, o.fusion_beta, o.adv_clip)
+    leaf_rewards, fused, advantages = credit_leaves(run, out, forest, scores)
     keep = prune(forest, fused, o.width_prune, todo.depth)
     keep = [k & (i in todo.trained_steps) for i, k in enumerate(keep)]
     row["lr"] = o.lr * (1 - (1 - o.lr_end) * iteration / o.iterations)
@@ -265,8 +279,10 @@ def main(o, policy_class, prompts: list[str], heldout: list[str], finish) -> Non
     if main_process:
         print(describe(o, prompts, heldout), flush=True)
     blank = torch.ones(1, 3, o.height, o.width)
-    rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], blank)
-    dtype = torch.bfloat16 if o.dtype == "bf16" else torch.float32
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    setup = R.Setup(o.reward_weights, accelerator.device, dtypes[o.reward_dtype], o.reward_offload, o.reward_batch)
+    rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], blank, setup)
+    dtype = dtypes[o.dtype]
     trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
     policy = policy_class.load(o.model, o.height, o.width, dtype, device=accelerator.device, **trained)
     if main_process:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import loop
 import rewards as R
-from branchgrpo import credit, generators, prune, rollout
+from branchgrpo import generators, prune, rollout
 from schedules import plan
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito: safe for colour-blind readers
@@ -118,10 +118,10 @@ def tree(run, path: Path) -> None:
     out = rollout(policy, policy.encode([prompt]), forest, sampler, noise, o.micro_batch, keep_x0hat=True)
     levels = [x[0] for x in [*out.x0hat, out.latents[-1]]]  # (n_d, *latent) each
     pictures = policy.decode(torch.cat(levels)).split(forest.sizes)
-    rewards = R.weighted_sum(R.score(run.rewards, pictures[-1], [prompt] * forest.leaves), run.weights)
-    fused, advantages = credit(out, forest, rewards[None], o.fusion_beta, o.adv_clip)
+    scores = R.score(run.rewards, pictures[-1], [prompt] * forest.leaves)
+    rewards, fused, advantages = loop.credit_leaves(run, out, forest, scores)
     keep = prune(forest, fused, o.width_prune, todo.depth)
-    draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], fused[-1][0] + rewards.mean(), path)
+    draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)
 
 
 def draw_tree(forest, pictures, advantages, keep, rewards, path: Path) -> None:

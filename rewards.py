@@ -6,21 +6,38 @@
 1. ocr               reads the picture as one line of text, compares with the text quoted in the prompt    [0, 1]
 2. colour            ink colour against the first colour word of the prompt                                [0, 1]
 3. jpeg, jpeg-large  size of the picture as JPEG in kB, small is good / large is good                      < 0 / > 0
+4. hpsv2, pickscore, clip, aesthetic, imagereward   preference models, run by transformers from their official weights
 
-Several at once, weighted and summed: `--reward ocr:1,jpeg:0.1`. OCR cannot see colour, so a policy trained on it alone
+`python rewards.py list` says which are ready, `python rewards.py score --reward hpsv2 PICTURE --prompt TEXT` scores. That 4
+equals the official packages is proven by `make reference`, in an environment of their own. Several at once, weighted and summed: `--reward ocr:1,jpeg:0.1`. OCR cannot see colour, so a policy trained on it alone
 drifts from red to purple and from black to brown: watch a second reward. To add one, write a function and name it in
 REWARDS; where it cannot score some prompts, name in CHECKS what raises CannotScore on them.
 """
 
+import argparse
+import html
 import io
+import json
+import pickle
 import re
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
+import ftfy
 import numpy as np
 import torch
+import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageColor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import BertTokenizer, BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
+from transformers.utils import logging as transformers_logging
 
 Reward = Callable[[Tensor, list[str]], Tensor]
 
@@ -145,12 +162,387 @@ def jpeg_large(pictures: Tensor, prompts: list[str]) -> Tensor:
     return -jpeg(pictures, prompts)
 
 
+# ---------------------------------------------------------------------------------------- preference models: their weights
+@dataclass(frozen=True)
+class Setup:
+    """How preference models are found and run.
+
+    weights: a folder that holds REPOSITORY/FILE as the hub names them; what it lacks is looked up in the hub's own cache.
+    dtype: of weights and activations; features are compared, and heads evaluated, in float32.
+    offload: back to the CPU after every scoring. batch: the most pictures at a time.
+    """
+
+    weights: str | None = None
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype = torch.float32
+    offload: bool = False
+    batch: int = 32
+
+
+CLIP_L, PICK, BERT = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1", "google-bert/bert-base-uncased"
+AESTHETIC = "christophschuhmann/improved-aesthetic-predictor"  # on GitHub, not on the hub
+CLIP_FILES = ("model.safetensors", "config.json", "vocab.json", "merges.txt")
+FILES = {  # reward -> official files as (repository, file), the model's weights first
+    "hpsv2": [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), (CLIP_L, "vocab.json"), (CLIP_L, "merges.txt")],
+    "imagereward": [("THUDM/ImageReward", "ImageReward.pt"), (BERT, "vocab.txt")],
+    "pickscore": [(PICK, file) for file in CLIP_FILES],
+    "clip": [(CLIP_L, file) for file in CLIP_FILES],
+    "aesthetic": [*((CLIP_L, file) for file in CLIP_FILES), (AESTHETIC, "sac+logos+ava1-l14-linearMSE.pth")],
+}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def locate(repository: str, file: str, folder: str | None) -> Path | None:
+    """A weights file in the folder or in the hub's cache; None if it is in neither."""
+    if folder and (path := Path(folder, repository, file)).is_file():
+        return path
+    cached = try_to_load_from_cache(repository, file)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def fetch_command(repository: str, file: str, folder: str | None) -> str:
+    """The command that brings a missing file to where `locate` finds it."""
+    if repository == AESTHETIC:
+        where = f"{folder or 'weights'}/{repository}/{file}"
+        fetch = f"curl -L --create-dirs -o '{where}' https://github.com/{repository}/raw/main/{file}"
+        return fetch if folder else f"{fetch}  and --reward-weights weights"
+    return f"hf download {repository} {file}" + (f" --local-dir {folder}/{repository}" if folder else "")
+
+
+def weight_files(name: str, setup: Setup) -> list[Path]:
+    """Where a reward's files are, in the order of FILES.
+
+    Raises:
+        ValueError: naming the first missing file and the command that fetches it.
+    """
+    found = []
+    for repository, file in FILES.get(name, ()):
+        found.append(locate(repository, file, setup.weights))
+        if found[-1] is None:
+            fetch = fetch_command(repository, file, setup.weights)
+            raise ValueError(f"the reward {name!r} lacks {file} of {repository}; fetch it: {fetch}")
+    return found
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors, .pt or .pth file.
+
+    Raises:
+        ValueError: if the file is truncated or no weights file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state.get("state_dict", state)
+    except (SafetensorError, RuntimeError, EOFError, OSError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged or holds no weights, fetch it again ({reason})") from error
+
+
+def build(kind, config, state: dict[str, Tensor], path: Path, dtype: torch.dtype, **kwargs):
+    """A frozen transformers model with exactly these weights.
+
+    Raises:
+        ValueError: if a weight is missing, left over or of another shape, naming it.
+    """
+    with torch.device("meta"):
+        wanted = {k: v.shape for k, v in kind(config, **kwargs).state_dict().items()}
+    for key in sorted(wanted.keys() | state.keys()):
+        if wanted.get(key) != (state[key].shape if key in state else None):
+            raise ValueError(f"{path} does not fit {kind.__name__}: {key!r} is missing, left over or of another shape")
+    transformers_logging.disable_progress_bar()
+    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
+    return model.eval().requires_grad_(False)
+
+
+def linear_head(state: dict[str, Tensor], path: Path, width: int) -> torch.nn.Sequential:
+    """The head that ImageReward and the aesthetic predictor share: five linear layers in a row, nothing between them.
+
+    Raises:
+        ValueError: if a weight is missing, left over or of another shape.
+    """
+    head = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise((width, 1024, 128, 64, 16, 1))))
+    places = {"layers.0": "0", "layers.2": "1", "layers.4": "2", "layers.6": "3", "layers.7": "4"}  # between: dropout
+    try:
+        head.load_state_dict(
+            {places.get(k.rpartition(".")[0], k) + "." + k.rpartition(".")[2]: v for k, v in state.items()}
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold this head: {' '.join(str(error).split())}") from error
+    return head.eval().requires_grad_(False)
+
+
+def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    """A state dict with every pattern of the table replaced in every key, in the table's order."""
+    out = {}
+    for key, value in state.items():
+        for pattern, new in table.items():
+            key = re.sub(pattern, new, key)
+        out[key] = value
+    return out
+
+
+# ------------------------------------------------------------------------------------- the CLIP family: hpsv2, pickscore, clip
+VIT_H = CLIPConfig(  # open_clip's ViT-H-14, 986M parameters
+    text_config={"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    | {"hidden_act": "gelu", "projection_dim": 1024},
+    vision_config={"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "num_hidden_layers": 32}
+    | {"patch_size": 14, "hidden_act": "gelu", "projection_dim": 1024},
+    projection_dim=1024,
+)
+OPEN_CLIP = {  # open_clip's names -> transformers'
+    r"^visual\.proj$": "visual_projection.weight",
+    r"^text_projection$": "text_projection.weight",
+    r"^visual\.": "vision_model.",
+    r"^(token_embedding|positional_embedding|transformer|ln_final)": r"text_model.\1",
+    r"transformer\.resblocks": "encoder.layers",
+    r"\.(class_embedding|token_embedding)": r".embeddings.\1",
+    r"\.positional_embedding": ".embeddings.position_embedding.weight",
+    r"\.conv1\.": ".embeddings.patch_embedding.",
+    r"\.ln_pre\.": ".pre_layrnorm.",
+    r"\.ln_post\.": ".post_layernorm.",
+    r"\.ln_final\.": ".final_layer_norm.",
+    r"\.ln_([12])\.": r".layer_norm\1.",
+    r"\.attn\.": ".self_attn.",
+    r"\.c_fc\.": ".fc1.",
+    r"\.c_proj\.": ".fc2.",
+}
+
+
+def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's CLIP weights in transformers' names: projections transposed, queries, keys and values apart."""
+    out = {}
+    for key, value in renamed(state, OPEN_CLIP).items():
+        if key.endswith("_projection.weight"):
+            value = value.T.contiguous()
+        if ".in_proj_" in key:
+            parts = zip("qkv", value.chunk(3))
+            out |= {key.replace("in_proj_", f"{n}_proj."): part.clone() for n, part in parts}
+        else:
+            out[key] = value
+    return out
+
+
+def square(pictures: np.ndarray, size: int) -> Tensor:
+    """CLIP's pre-processing: shorter side to `size` with Pillow's bicubic filter, centre crop; (B, H, W, 3) -> (B, 3, s, s)."""
+    height, width = pictures.shape[1:3]
+    scale = size / min(height, width)
+    h, w = (size if x == min(height, width) else int(size * x / min(height, width)) for x in (height, width))
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    box = (left, top, left + size, top + size)
+    resized = [Image.fromarray(p) if scale == 1 else Image.fromarray(p).resize((w, h), Image.BICUBIC) for p in pictures]
+    return torch.from_numpy(np.stack([np.asarray(p.crop(box)) for p in resized])).permute(0, 3, 1, 2).float() / 255
+
+
+def padded(pictures: np.ndarray, size: int) -> Tensor:
+    """HPSv2's pre-processing: longer side to `size` with a bicubic filter on tensors, black bars; (B, 3, s, s)."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    scale = size / max(x.shape[2:])
+    h, w = (round(d * scale) for d in x.shape[2:])
+    if scale != 1:
+        x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    top, left = (size - h) // 2, (size - w) // 2
+    return F.pad(x, (left, size - w - left, top, size - h - top))
+
+
+def clean(prompt: str) -> str:
+    """open_clip's cleaning of a prompt, before the tokenizer folds case and spaces."""
+    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+
+
+class Scorer:
+    """A frozen model on the policy's device, that scores pictures in batches and without gradients.
+
+    A subclass sets `setup` and `models`, and has `scores(pictures (B, H, W, 3) uint8, prompts) -> (B,)`.
+    """
+
+    setup: Setup
+    models: list[torch.nn.Module]
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) float32 scores on the CPU; see the class."""
+        for model in self.models:
+            model.to(self.setup.device)
+        size = self.setup.batch
+        parts = [
+            self.scores(to_uint8(p), prompts[i * size : (i + 1) * size]) for i, p in enumerate(pictures.split(size))
+        ]
+        if self.setup.offload:
+            for model in self.models:
+                model.to("cpu")
+        return torch.cat(parts).float().cpu()
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """(B, 3, s, s) in [0, 1] -> normalised with CLIP's mean and std, on the device, in the dtype."""
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        return ((x - mean) / std).to(self.setup.device, self.setup.dtype)
+
+
+class PickScore(Scorer):
+    """PickScore v1: exp(logit scale) x cosine in a CLIP ViT-H-14 tuned on Pick-a-Pic; [-100, 100], in practice 17 to 25.
+
+    Higher is preferred. 224 pixels, centre crop. Weights yuvalkirstain/PickScore_v1 (MIT), arXiv:2305.01569. Papers that
+    print .22 print the cosine. Hacked by: glossy, centred, over-detailed pictures.
+    """
+
+    name, preprocess = "pickscore", staticmethod(square)
+
+    def __init__(self, setup: Setup):
+        self.setup, self.files = setup, weight_files(self.name, setup)
+        config, state = self.read()
+        self.model = build(CLIPModel, config, state, self.files[0], setup.dtype)
+        self.models, self.scale = [self.model], state["logit_scale"].float().exp()
+        self.tokenizer = CLIPTokenizer.from_pretrained(self.files[1].parent)
+
+    def read(self) -> tuple[CLIPConfig, dict[str, Tensor]]:
+        """Config and weights of a CLIP in transformers' own format."""
+        state = {k: v for k, v in read_weights(self.files[0]).items() if not k.endswith("position_ids")}
+        return CLIPConfig.from_json_file(self.files[1]), state
+
+    def image_features(self, pictures: np.ndarray) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, C) of length 1, float32."""
+        x = self.preprocess(pictures, self.model.config.vision_config.image_size)
+        return F.normalize(self.model.get_image_features(self.pixels(x)).pooler_output.float(), dim=-1)
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """(B, C) of length 1, float32; equal prompts are encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        length = self.model.config.text_config.max_position_embeddings
+        ids = self.tokenizer([clean(p) for p in distinct], padding=True, truncation=True, max_length=length)
+        ids = torch.tensor(ids["input_ids"], device=self.setup.device)
+        features = F.normalize(self.model.get_text_features(ids).pooler_output.float(), dim=-1)
+        return features[[distinct.index(p) for p in prompts]]
+
+    def scores(self, pictures: np.ndarray, prompts: list[str]) -> Tensor:
+        """(B,) scaled cosines of each picture with its prompt."""
+        return self.scale * (self.image_features(pictures) * self.text_features(prompts)).sum(1)
+
+
+class ClipScore(PickScore):
+    """CLIPScore: 100 x cosine, the model's own logit, in OpenAI's CLIP ViT-L/14; [-100, 100], in practice 15 to 35.
+
+    Higher is closer to the prompt. 224 pixels, centre crop. Weights openai/clip-vit-large-patch14 (MIT), arXiv:2104.08718.
+    Hacked by: writing the prompt into the picture, repeating its objects.
+    """
+
+    name = "clip"
+
+
+class Hpsv2(PickScore):
+    """HPS v2.1: cosine of picture and prompt in a CLIP ViT-H-14 tuned on human preferences; [-1, 1], in practice .15 to .40.
+
+    Higher is preferred. 224 pixels, the longer side fitted, black bars. Weights xswu/HPSv2 (Apache-2.0), arXiv:2306.09341.
+    Hacked by: saturated, high-contrast, illustration-like pictures.
+    """
+
+    name, preprocess = "hpsv2", staticmethod(padded)
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.scale = 1.0
+
+    def read(self) -> tuple[CLIPConfig, dict[str, Tensor]]:
+        """Config and weights of open_clip's ViT-H-14."""
+        return VIT_H, from_open_clip(read_weights(self.files[0]))
+
+
+class Aesthetic(PickScore):
+    """LAION's aesthetic predictor: a linear head on CLIP ViT-L/14's picture features; about 1 to 10, in practice 4 to 7.
+
+    Higher is prettier; the prompt does not count. 224 pixels, centre crop. Head: improved-aesthetic-predictor (Apache-2.0).
+    Hacked by: leaving the prompt for painterly portraits and landscapes.
+    """
+
+    name = "aesthetic"
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        head = self.files[-1]
+        self.head = linear_head(read_weights(head), head, self.model.config.projection_dim)
+        self.models.append(self.head)
+
+    def scores(self, pictures: np.ndarray, prompts: list[str]) -> Tensor:
+        """(B,) scores."""
+        return self.head(self.image_features(pictures))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------- imagereward
+VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+BLIP_VISION = BlipVisionConfig(**VIT_L, image_size=224, patch_size=16, layer_norm_eps=1e-6)
+BLIP_TEXT = BlipTextConfig(
+    vocab_size=30524, encoder_hidden_size=1024, num_attention_heads=12
+)  # BERT-base, looks at BLIP_VISION
+BLIP = {  # ImageReward's names -> transformers'
+    r"^blip\.visual_encoder\.(.*)": r"vision.\1",
+    r"^blip\.text_encoder\.(.*)": r"text.\1",
+    r"\.cls_token": ".embeddings.class_embedding",
+    r"\.pos_embed": ".embeddings.position_embedding",
+    r"\.patch_embed\.proj\.": ".embeddings.patch_embedding.",
+    r"\.blocks\.": ".encoder.layers.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+    r"^vision\.norm\.": "vision.post_layernorm.",
+}
+
+
+class ImageReward(Scorer):
+    """ImageReward v1.0: BLIP's text tower reads the prompt while looking at the picture; about -2.3 to 2.3, mean 0, std 1.
+
+    Higher is preferred. 224 pixels, centre crop; 35 tokens. Weights THUDM/ImageReward (Apache-2.0), arXiv:2304.05977.
+    Hacked by: exaggerating what the prompt names, at the cost of realism.
+    """
+
+    MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, from the package
+
+    def __init__(self, setup: Setup):
+        path, vocabulary = weight_files("imagereward", setup)
+        state = renamed(read_weights(path), BLIP)
+        towers = {
+            "vision": {},
+            "text": {},
+            "mlp": {},
+            "blip": {},
+        }  # blip: projections of BLIP's own pre-training, unused
+        for key, value in state.items():
+            tower, _, rest = key.partition(".")
+            if tower not in towers:
+                raise ValueError(f"{path} does not fit ImageReward: {key!r} is left over")
+            if not rest.endswith("position_ids"):
+                towers[tower][rest] = value
+        self.vision = build(BlipVisionModel, BLIP_VISION, towers["vision"], path, setup.dtype)
+        self.text = build(BlipTextModel, BLIP_TEXT, towers["text"], path, setup.dtype, add_pooling_layer=False)
+        self.head = linear_head(towers["mlp"], path, BLIP_TEXT.hidden_size)
+        self.models, self.setup = [self.vision, self.text, self.head], setup
+        self.tokenizer = BertTokenizer(str(vocabulary))
+
+    def scores(self, pictures: np.ndarray, prompts: list[str]) -> Tensor:
+        """(B,) scores."""
+        device = self.setup.device
+        seen = self.vision(self.pixels(square(pictures, self.vision.config.image_size))).last_hidden_state
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=35, return_tensors="pt").to(device)
+        hidden = self.text(
+            tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=device),
+        ).last_hidden_state
+        return (self.head(hidden[:, 0].float())[:, 0] - self.MEAN) / self.STD
+
+
 # ------------------------------------------------------------------------------------------------------------- several
-REWARDS: dict[str, Callable[[], Reward]] = {  # name -> what makes it; models are loaded only when asked for
-    "ocr": Ocr,
-    "colour": lambda: colour,
-    "jpeg": lambda: jpeg,
-    "jpeg-large": lambda: jpeg_large,
+REWARDS: dict[str, Callable[[Setup], Reward]] = {  # name -> what makes it; models are loaded only when asked for
+    "ocr": lambda setup: Ocr(),
+    "colour": lambda setup: colour,
+    "jpeg": lambda setup: jpeg,
+    "jpeg-large": lambda setup: jpeg_large,
+    "hpsv2": Hpsv2,
+    "imagereward": ImageReward,
+    "pickscore": PickScore,
+    "clip": ClipScore,
+    "aesthetic": Aesthetic,
 }
 CHECKS: dict[str, Callable[[str], object]] = {"ocr": quoted_text, "colour": wanted_colour}  # raise on a prompt
 
@@ -188,7 +580,7 @@ def can_score(name: str, prompts: list[str]) -> bool:
 
 
 def load_rewards(
-    reward: str, watch: str, prompts: list[str], blank: Tensor
+    reward: str, watch: str, prompts: list[str], blank: Tensor, setup: Setup = Setup()
 ) -> tuple[dict[str, Reward], dict[str, float]]:
     """The rewards to optimise and to watch, tried on every prompt and on one blank picture before any long work.
 
@@ -197,12 +589,13 @@ def load_rewards(
         watch: names to measure only; 'auto' takes ocr and colour where every prompt allows.
         prompts: all that will be scored.
         blank: (1, 3, H, W), of the size that will be scored.
+        setup: where preference models are, and how they run.
 
     Returns:
         name -> reward, the optimised first; and name -> weight of the optimised ones.
 
     Raises:
-        ValueError: for an unknown reward; CannotScore, a kind of it, for a prompt or a size that one cannot score.
+        ValueError: for an unknown reward or a missing or damaged weights file; CannotScore, a kind of it, for a prompt or a size that one cannot score.
     """
     weights = parse_weights(reward)
     wanted = [n for n in CHECKS if can_score(n, prompts)] if watch == "auto" else parse_weights(watch)
@@ -210,7 +603,9 @@ def load_rewards(
     for name in names:
         for prompt in prompts:
             CHECKS.get(name, str)(prompt)
-    rewards = {name: REWARDS[name]() for name in names}
+    for name in names:
+        weight_files(name, setup)  # all of them, before the first is read
+    rewards = {name: REWARDS[name](setup) for name in names}
     score(rewards, blank, prompts[:1])
     return rewards, weights
 
@@ -231,3 +626,75 @@ def score(rewards: dict[str, Reward], pictures: Tensor, prompts: list[str]) -> d
 def weighted_sum(scores: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The reward to optimise: sum_k w_k r_k, (B,)."""
     return sum(w * scores[name] for name, w in weights.items())
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+def read_picture(path: str) -> Tensor:
+    """(1, 3, H, W) in [0, 1]; grey, palette and transparent pictures become RGB as Pillow converts them.
+
+    Raises:
+        ValueError: if the file is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def list_rewards(o) -> dict:
+    """Which rewards are ready, and what the others lack."""
+    state = {}
+    for name in REWARDS:
+        try:
+            weight_files(name, Setup(o.reward_weights))
+            state[name] = "ready"
+        except ValueError as error:
+            state[name] = str(error).partition(" lacks ")[2]
+        print(f"{name:<12} {'ready' if state[name] == 'ready' else 'missing: ' + state[name]}")
+    return state
+
+
+def score_files(o) -> dict:
+    """Score pictures with one prompt, or each with its own; a table, then name -> scores.
+
+    Raises:
+        ValueError: if a reward, a picture or a prompt is unusable.
+    """
+    if len(o.prompt) not in (1, len(o.pictures)):
+        raise ValueError(f"--prompt: give one, or one a picture ({len(o.pictures)}), not {len(o.prompt)}")
+    prompts = o.prompt * (len(o.pictures) // len(o.prompt))
+    pictures = [read_picture(path) for path in o.pictures]
+    device = o.device if o.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    setup = Setup(o.reward_weights, device, torch.bfloat16 if o.dtype == "bf16" else torch.float32)
+    rewards, _ = load_rewards(o.reward, "", prompts, pictures[0], setup)
+    scores = {name: [reward(x, [p]).item() for x, p in zip(pictures, prompts)] for name, reward in rewards.items()}
+    print(f"{'picture':<40}" + "".join(f"{name:>14}" for name in scores))
+    for i, path in enumerate(o.pictures):
+        print(f"{path:<40}" + "".join(f"{values[i]:14.6f}" for values in scores.values()))
+    return {"pictures": o.pictures, "prompts": prompts, "scores": scores}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`list` says which rewards are ready; `score` scores pictures. The last line is one JSON document."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True)
+    lister, scorer = commands.add_parser("list"), commands.add_parser("score")
+    for p, work in ((lister, list_rewards), (scorer, score_files)):
+        p.add_argument("--reward-weights", help="folder of REPOSITORY/FILE; what it lacks comes from the hub's cache")
+        p.set_defaults(work=work)
+    scorer.add_argument("pictures", nargs="+", metavar="PICTURE")
+    scorer.add_argument("--reward", required=True, help=f"names of {', '.join(REWARDS)}, separated by commas")
+    scorer.add_argument("--prompt", required=True, action="append", help="once, or once a picture")
+    scorer.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    scorer.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    o = parser.parse_args(argv)
+    try:
+        print(json.dumps(o.work(o)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from tensorboard.backend.event_processing import event_accumulator
 
 import loop
 import train_image
+from branchgrpo import Rollout, prune
+from tree import make_forest
 
 HERE = Path(__file__).parent.parent
 SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 8 --eval-every 2 --save-every 2 --iterations 4 --ema 0.9"
@@ -311,3 +314,40 @@ def test_the_prompt_stream_is_a_permutation_each_epoch():
     assert sorted(stream[:7]) == prompts == sorted(stream[7:]) and stream[:7] != stream[7:]
     assert loop.prompts_at(prompts, 0, 5, 4) == stream[5:9]
     assert loop.prompts_at(prompts, 1, 0, 7) != stream[:7]
+
+
+def credit_mixed(scores, weights, mix, width=None):
+    forest = make_forest(4, 2, (0, 1))
+    out = Rollout([torch.zeros(2, n, 1) for n in forest.sizes], [torch.zeros(2, n) for n in forest.sizes[1:]], [])
+    o = SimpleNamespace(reward_mix=mix, fusion_beta=1.0, adv_clip=5.0)
+    run = SimpleNamespace(o=o, weights=weights)
+    rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
+    return rewards, advantages, prune(forest, ranking, width, None)
+
+
+def test_rewards_are_mixed_before_or_after_normalisation():
+    """advantage: blind to each reward's scale; with one reward both ways agree; weights enter linearly."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(8, generator=g), torch.rand(8, generator=g)
+    one = credit_mixed({"a": a, "b": b}, {"a": 1.0}, "reward")[1]
+    for x, y in zip(one, credit_mixed({"a": a, "b": b}, {"a": 1.0}, "advantage")[1]):
+        torch.testing.assert_close(x, y)
+    both = {"a": 1.0, "b": 0.5}
+    rewards, small, _ = credit_mixed({"a": a, "b": b}, both, "advantage")
+    torch.testing.assert_close(rewards, (a + 0.5 * b).view(2, 4))
+    other = credit_mixed({"a": a, "b": b}, {"b": 1.0}, "reward")[1]
+    for x, y, z in zip(small, one, other):
+        torch.testing.assert_close(x, y + 0.5 * z)
+    _, large, _ = credit_mixed({"a": a, "b": 1000 * b}, both, "advantage")
+    for x, y in zip(small, large):  # but for eps, 1e-4 beside the spread
+        torch.testing.assert_close(x, y, atol=3e-3, rtol=1e-3)
+    summed = credit_mixed({"a": a, "b": 1000 * b}, both, "reward")[1]
+    assert (summed[0] - large[0]).abs().max() > 0.1
+
+
+def test_pruning_ranks_mixed_leaves_by_their_advantage():
+    a, b = torch.tensor([0.0, 0.1, 0.0, 0.0] * 2), torch.tensor([500.0, 0.0, 500.0, 0.0] * 2)
+    keep = credit_mixed({"a": a, "b": b}, {"a": 5.0, "b": 1.0}, "advantage", "parent-top1")[2]
+    assert keep[-1].tolist() == [[False, True, True, False]] * 2  # by the sum of rewards leaf 0 would win
+    keep = credit_mixed({"a": a, "b": b}, {"a": 5.0, "b": 1.0}, "reward", "parent-top1")[2]
+    assert keep[-1].tolist() == [[True, False, True, False]] * 2

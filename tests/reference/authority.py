@@ -1,0 +1,256 @@
+"""What the authorities say: the packages' own scores of the seeded weights, in the environment of requirements-reference.txt.
+
+    python tests/reference/authority.py FOLDER           # writes the weights there, and scores.json
+    python tests/reference/authority.py FOLDER --full    # hpsv2 and imagereward at full size, 3 pictures: 8 GB of disk
+    python tests/reference/authority.py --manifest       # rewrites manifest.json from the packages' full-size models
+
+hpsv2 and ImageReward run their own `score`. PickScore, CLIP and the aesthetic predictor run on open_clip's towers, whose
+weights are renamed here, from transformers' names, by a table of this file.
+"""
+
+import argparse
+import json
+import os
+import re
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+warnings.filterwarnings("ignore")
+HERE = Path(__file__).parent
+MED = {  # med_config.json of ImageReward
+    "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+    "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12, "num_hidden_layers": 12,
+    "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30524, "encoder_width": 768, "add_cross_attention": True,
+}  # fmt: skip
+VIT_H = {"layers": 32, "width": 1280, "head_width": 80, "patch_size": 14, "image_size": 224}
+VIT_H_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24}
+
+
+def hps_model(vision: dict, text: dict, dim: int):
+    """The package's CLIP."""
+    from hpsv2.src.open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    return CLIP(dim, CLIPVisionCfg(**vision), CLIPTextCfg(**text), output_dict=True).eval()
+
+
+def image_reward_model(med: dict, vision: dict | None, folder: Path):
+    """The package's ImageReward; `vision` makes its picture tower smaller, which the package has no option for."""
+    import ImageReward.models.BLIP.blip_pretrain as blip
+    from ImageReward.ImageReward import ImageReward
+    from ImageReward.models.BLIP.vit import VisionTransformer
+
+    if vision:
+        blip.create_vit = lambda *_: (VisionTransformer(img_size=224, patch_size=16, **vision), vision["embed_dim"])
+    (folder / "med_config.json").write_text(json.dumps(med))
+    return ImageReward(med_config=str(folder / "med_config.json")).eval()
+
+
+def write_manifest() -> None:
+    """Keys and shapes of the full-size models, built without memory; `{32}` in a key stands for 0 .. 31."""
+    from ImageReward.models.AestheticScore import MLP
+    from transformers import CLIPConfig, CLIPModel
+    from weights import bert_tokenizer
+
+    folder = Path(tempfile.mkdtemp())
+    bert_tokenizer(folder)
+    os.chdir(folder / "google-bert")
+    shared = {"hidden_act": "gelu", "projection_dim": 1024}
+    h = CLIPConfig(
+        vision_config={"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "patch_size": 14}
+        | {"num_hidden_layers": 32} | shared,
+        text_config={"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+        | shared, projection_dim=1024,
+    )  # fmt: skip
+    large = CLIPConfig(
+        vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "patch_size": 14}
+        | {"num_hidden_layers": 24, "projection_dim": 768},
+        text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768},
+        projection_dim=768,
+    )
+    with torch.device("meta"):
+        models = {
+            "hpsv2": hps_model(VIT_H, VIT_H_TEXT, 1024),
+            "pickscore": CLIPModel(h),
+            "clip": CLIPModel(large),
+            "aesthetic": MLP(768),
+        }
+    models["imagereward"] = image_reward_model(MED, None, folder)
+    manifest = {}
+    for name, model in models.items():
+        state = {k: list(v.shape) for k, v in model.state_dict().items()}
+        if name == "clip":  # the stored file also holds two buffers of its day
+            state |= {f"{tower}_model.embeddings.position_ids": [1, n] for tower, n in (("text", 77), ("vision", 257))}
+        manifest[name] = {}
+        last = {}
+        for key in state:
+            if layer := re.search(r"\.(?:resblocks|layers|blocks|layer)\.(\d+)\.", key):
+                if key.startswith(("mlp.", "layers.")):
+                    continue
+                stem = key.replace(f".{layer[1]}.", ".{}.", 1)
+                last[stem] = max(last.get(stem, 0), int(layer[1]) + 1)
+        for key, shape in state.items():
+            stem = re.sub(r"(\.(?:resblocks|layers|blocks|layer)\.)(\d+)\.", r"\1{}.", key, count=1)
+            stem = stem.replace("{}", "{" + str(last[stem]) + "}") if stem in last else key
+            manifest[name][stem] = shape
+    (HERE / "manifest.json").write_text(
+        json.dumps(manifest, indent=1).replace("\n   ", "").replace(",  ", ", ").replace("\n  ]", "]")
+    )
+
+
+def open_clip_model(state: dict, config: dict):
+    """open_clip's CLIP with weights that stand in transformers' names; the inverse of what rewards.py does, written apart."""
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    v, t = config["vision_config"], config["text_config"]
+    vision = CLIPVisionCfg(
+        layers=v["num_hidden_layers"], width=v["hidden_size"], patch_size=v["patch_size"], image_size=224
+    )
+    vision.head_width = v["hidden_size"] // v["num_attention_heads"]
+    text = CLIPTextCfg(
+        77, t["vocab_size"], width=t["hidden_size"], heads=t["num_attention_heads"], layers=t["num_hidden_layers"]
+    )
+    model = CLIP(config["projection_dim"], vision, text, quick_gelu=t["hidden_act"] == "quick_gelu").eval()
+    new = {
+        "visual.proj": state["visual_projection.weight"].T,
+        "text_projection": state["text_projection.weight"].T,
+        "logit_scale": state["logit_scale"],
+    }
+    for tower, prefix in (("vision_model", "visual."), ("text_model", "")):
+        e = f"{tower}.embeddings."
+        new[f"{prefix}positional_embedding"] = state[f"{e}position_embedding.weight"]
+        if prefix:
+            new["visual.class_embedding"] = state[f"{e}class_embedding"]
+            new["visual.conv1.weight"] = state[f"{e}patch_embedding.weight"]
+        else:
+            new["token_embedding.weight"] = state[f"{e}token_embedding.weight"]
+        for kind in ("weight", "bias"):
+            if prefix:
+                new[f"visual.ln_pre.{kind}"] = state[f"vision_model.pre_layrnorm.{kind}"]
+                new[f"visual.ln_post.{kind}"] = state[f"vision_model.post_layernorm.{kind}"]
+            else:
+                new[f"ln_final.{kind}"] = state[f"text_model.final_layer_norm.{kind}"]
+            for i in range(v["num_hidden_layers"]):
+                a, b = f"{tower}.encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
+                parts = [state[f"{a}self_attn.{n}_proj.{kind}"] for n in ("q", "k", "v")]
+                new[f"{b}attn.in_proj_{kind}"] = torch.cat(parts)
+                new[f"{b}attn.out_proj.{kind}"] = state[f"{a}self_attn.out_proj.{kind}"]
+                new[f"{b}ln_1.{kind}"], new[f"{b}ln_2.{kind}"] = (state[f"{a}layer_norm{j}.{kind}"] for j in (1, 2))
+                new[f"{b}mlp.c_fc.{kind}"], new[f"{b}mlp.c_proj.{kind}"] = (
+                    state[f"{a}mlp.fc{j}.{kind}"] for j in (1, 2)
+                )
+    model.load_state_dict(new)
+    return model
+
+
+def hps_scores(path: Path, model, pictures, prompts, bpe: Path | None) -> list[float]:
+    """The package's `score`, its model and its tokenizer of our size."""
+    import hpsv2.img_score as package
+    from hpsv2.src.open_clip import tokenizer
+    from hpsv2.src.open_clip.transform import image_transform
+
+    package.model_dict |= {"model": model}
+    package.model_dict["preprocess_val"] = image_transform(224, is_train=False, resize_longest_max=True)
+    if bpe:
+        tokenizer._tokenizer = tokenizer.SimpleTokenizer(str(bpe))
+    return [float(package.score(x, p, cp=str(path))[0]) for x, p in zip(pictures, prompts)]
+
+
+@torch.no_grad()
+def scores(folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Each authority's scores of every picture with the prompt of its number, and its seconds a picture."""
+    import ImageReward as package
+    import weights
+    from ImageReward.models.AestheticScore import MLP
+    from open_clip.tokenizer import SimpleTokenizer
+    from open_clip.transform import image_transform
+    from safetensors.torch import load_file
+
+    small = weights.write(folder)
+    both = [(x, p) for p in weights.PROMPTS for x in weights.pictures()]
+    pictures, prompts = [x for x, _ in both], [p for _, p in both]
+    out, seconds = {}, {}
+
+    def timed(name, work):
+        began = time.perf_counter()
+        out[name] = work()
+        seconds[name] = (time.perf_counter() - began) / len(both)
+
+    v, t = small["hpsv2"]["vision_config"], small["hpsv2"]["text_config"]
+    vision = VIT_H | {"layers": 2, "width": v["hidden_size"]}
+    text = VIT_H_TEXT | {"layers": 2, "width": t["hidden_size"], "heads": 2, "vocab_size": t["vocab_size"]}
+    hps = hps_model(vision, text, 128)
+    path = folder / weights.FILES["hpsv2"]
+    timed("hpsv2", lambda: hps_scores(path, hps, pictures, prompts, folder / "bpe.txt.gz"))
+
+    os.chdir(folder / "google-bert")  # the package asks the hub for bert-base-uncased
+    med = MED | {"num_hidden_layers": 2, "intermediate_size": 384, "vocab_size": small["blip_text"]["vocab_size"]}
+    image_reward_model(med, {"embed_dim": 128, "depth": 2, "num_heads": 2}, folder)
+    model = package.load(str(folder / weights.FILES["imagereward"]), med_config=str(folder / "med_config.json"))
+    timed("imagereward", lambda: [model.score(p, x) for x, p in both])
+
+    bpe = SimpleTokenizer(str(folder / "bpe.txt.gz"))
+    preprocess = image_transform(224, is_train=False)
+    for name in ("pickscore", "clip"):
+        model = open_clip_model(load_file(folder / weights.FILES[name]), small[name])
+
+        def cosines(model=model):
+            pairs = ((preprocess(x)[None], bpe([p])) for x, p in both)
+            features = ((model.encode_image(x, True), model.encode_text(p, True)) for x, p in pairs)
+            return [float(model.logit_scale.exp() * (image * text).sum()) for image, text in features]
+
+        timed(name, cosines)
+    head = MLP(64).eval()
+    head.load_state_dict(torch.load(folder / weights.FILES["aesthetic"]))
+    timed("aesthetic", lambda: [float(head(model.encode_image(preprocess(x)[None], True))) for x in pictures])
+    return out, seconds
+
+
+@torch.no_grad()
+def full_scores(folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """hpsv2's and ImageReward's scores at full size, and their seconds a picture, loading included for hpsv2 (it reloads)."""
+    import hpsv2.src.open_clip as open_clip
+    import ImageReward as package
+    import weights
+
+    bpe = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    pictures, prompts = weights.pictures()[:3], weights.PROMPTS[:3]
+    weights.write_full(folder, "hpsv2", bpe)
+    began = time.perf_counter()
+    model = hps_model(VIT_H, VIT_H_TEXT, 1024)
+    out = {"hpsv2": hps_scores(folder / weights.FILES["hpsv2"], model, pictures, prompts, None)}
+    seconds = {"hpsv2": (time.perf_counter() - began) / 3}
+    del model
+    weights.write_full(folder, "imagereward", bpe, 1)
+    vocabulary = weights.bert_tokenizer(folder)
+    os.chdir(folder / "google-bert")
+    (folder / "med_config.json").write_text(json.dumps(MED))
+    model = package.load(str(folder / weights.FILES["imagereward"]), med_config=str(folder / "med_config.json"))
+    assert vocabulary <= MED["vocab_size"]
+    began = time.perf_counter()
+    out["imagereward"] = [model.score(p, x) for x, p in zip(pictures, prompts)]
+    return out, seconds | {"imagereward": (time.perf_counter() - began) / 3}
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--manifest", action="store_true")
+    o = parser.parse_args()
+    if o.manifest:
+        write_manifest()
+    if o.folder:
+        folder = o.folder.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        found, seconds = full_scores(folder) if o.full else scores(folder)
+        (folder / "scores.json").write_text(json.dumps({"scores": found, "seconds": seconds}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Ours against the authorities: the same files, pictures and prompts; the last line is one JSON document.
+
+    python tests/reference/compare.py FOLDER     # after authority.py FOLDER [--full]
+
+The exit code is 1 if a score differs by more than 1e-5, or for scores beyond 1, by more than 1e-5 of their size.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BlipTextConfig, BlipVisionConfig, CLIPConfig
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+
+import weights  # noqa: E402
+
+import rewards as R  # noqa: E402
+
+
+def reduce_architectures(folder: Path, patch=setattr) -> None:
+    """Give rewards.py the reduced architectures where it holds the official ones."""
+    small = weights.configs(weights.clip_tokenizer(folder), weights.bert_tokenizer(folder))
+    patch(R, "VIT_H", CLIPConfig(**small["hpsv2"]))
+    patch(R, "BLIP_VISION", BlipVisionConfig(**small["blip_vision"]))
+    patch(R, "BLIP_TEXT", BlipTextConfig(**small["blip_text"]))
+
+
+def tensors() -> list[torch.Tensor]:
+    """The pictures as rewards take them: (1, 3, H, W) in [0, 1]."""
+    return [torch.from_numpy(np.array(p)).permute(2, 0, 1)[None].float() / 255 for p in weights.pictures()]
+
+
+def our_scores(reward) -> list[float]:
+    """Every picture with every prompt, prompts outermost; all prompts of one picture are a batch."""
+    n = len(weights.PROMPTS)
+    return torch.stack([reward(x.expand(n, -1, -1, -1), weights.PROMPTS) for x in tensors()], 1).flatten().tolist()
+
+
+def seconds_a_picture(reward, batch: int, n: int = 64) -> float:
+    """Seconds a picture of 64 x 64, 16 to a prompt as in training, in batches of `batch`."""
+    x, prompts = torch.rand(n, 3, 64, 64), [f"a red cat {i // 16}" for i in range(n)]
+    reward(x[:batch], prompts[:batch])
+    began = time.perf_counter()
+    for i in range(0, n, batch):
+        reward(x[i : i + batch], prompts[i : i + batch])
+    return (time.perf_counter() - began) / n
+
+
+def full(name: str, setup: R.Setup) -> tuple[list[float], dict]:
+    """Scores of three pictures at full size, with what loading and scoring cost."""
+    began = time.perf_counter()
+    reward = R.REWARDS[name](setup)
+    loaded = time.perf_counter()
+    ours = [reward(x, [p]).item() for x, p in zip(tensors()[:3], weights.PROMPTS)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    row = {"seconds_loading": loaded - began, "seconds_a_picture": (time.perf_counter() - loaded) / 3}
+    return ours, row | {"peak_memory_gib_so_far": peak}
+
+
+def main() -> None:
+    """Compare every reward that the authority scored."""
+    folder = Path(sys.argv[1]).resolve()
+    authority = json.loads((folder / "scores.json").read_text())
+    setup, document = R.Setup(str(folder), batch=64), {}
+    at_full_size = len(authority["scores"]["hpsv2"]) == 3
+    if not at_full_size:
+        reduce_architectures(folder)
+    for name, theirs in authority["scores"].items():
+        if at_full_size:
+            ours, row = full(name, setup)
+        else:
+            reward = R.REWARDS[name](setup)
+            ours = our_scores(reward)
+            row = {f"seconds_a_picture_batch_{b}": seconds_a_picture(reward, b) for b in (1, 64)}
+        row["seconds_a_picture_authority"] = authority["seconds"][name]
+        differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        passed = all(d <= 1e-5 * max(1, abs(b)) for d, b in zip(differences, theirs))
+        found = {"largest_difference": max(differences), "pictures": len(theirs), "range": [min(theirs), max(theirs)]}
+        document[name] = found | {"passed": passed} | row
+        timing = ", ".join(f"{k} {v:.4f}" for k, v in row.items())
+        print(f"{name:<12} differs by {max(differences):.1e} at most, {len(theirs)} pictures; {timing}", flush=True)
+    print(json.dumps(document))
+    sys.exit(not all(row["passed"] for row in document.values()))
+
+
+if __name__ == "__main__":
+    main()

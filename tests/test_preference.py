@@ -1,0 +1,206 @@
+"""Preference rewards on seeded random weights in the official layouts, against the official packages' own scores.
+
+tests/reference/scores.json holds what the packages said (authority.py, in an environment of their own); `make reference` asks
+them again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel
+
+import rewards as R
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "reference"))
+
+import compare  # noqa: E402
+import weights  # noqa: E402
+
+AUTHORITY = json.loads((HERE / "reference/scores.json").read_text())
+NAMES = list(AUTHORITY)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """The five rewards' files at reduced size, and rewards.py told of the reduced architectures."""
+    path = tmp_path_factory.mktemp("weights")
+    weights.write(path)
+    with pytest.MonkeyPatch.context() as patch:
+        compare.reduce_architectures(path, patch.setattr)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return {name: R.REWARDS[name](R.Setup(str(folder), batch=4)) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_the_official_packages(loaded, name):
+    """80 scores: 8 shapes of picture; prompts empty, long, Chinese, Russian, with entities and broken encoding."""
+    assert compare.our_scores(loaded[name]) == pytest.approx(AUTHORITY[name], abs=1e-5, rel=1e-5)
+    assert np.std(AUTHORITY[name]) > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_equals_one_by_one_in_order(loaded, name):
+    x = torch.cat([t[..., :48, :48] for t in compare.tensors() if min(t.shape[2:]) >= 48])
+    prompts = (weights.PROMPTS * 2)[: len(x)]
+    one_by_one = torch.cat([loaded[name](x[i : i + 1], prompts[i : i + 1]) for i in range(len(x))])
+    assert one_by_one.unique().numel() == len(x)
+    torch.testing.assert_close(loaded[name](x, prompts), one_by_one, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded[name](x.flip(0), prompts[::-1]), one_by_one.flip(0), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_is_close_and_offloading_changes_nothing(folder, loaded, name):
+    x, prompts = torch.rand(6, 3, 40, 50, generator=torch.Generator().manual_seed(0)), weights.PROMPTS[:6]
+    full = loaded[name](x, prompts)
+    half = R.REWARDS[name](R.Setup(str(folder), dtype=torch.bfloat16, offload=True))
+    scale = {"pickscore": 100, "clip": 100}.get(name, 1)
+    assert 0 < (half(x, prompts) - full).abs().max() < 0.03 * scale
+    moved = []
+    for model in half.models:
+        model.to = lambda device, moved=moved: moved.append(str(device))
+    half.setup = R.Setup(device="cpu", offload=True)
+    half(x, prompts)
+    assert moved == ["cpu"] * 2 * len(half.models)
+
+
+def test_pictures_of_every_mode_are_read_as_rgb(tmp_path, loaded):
+    rgb = weights.pictures()[2]
+    modes = {
+        "RGB": rgb,
+        "L": rgb.convert("L"),
+        "P": rgb.convert("P"),
+        "RGBA": rgb.convert("RGBA"),
+        "1": rgb.convert("1"),
+    }
+    for mode, picture in modes.items():
+        picture.save(tmp_path / f"{mode}.png")
+        x = R.read_picture(str(tmp_path / f"{mode}.png"))
+        assert x.shape == (1, 3, 250, 333)
+        expected = np.asarray(picture.convert("RGB"))
+        assert np.array_equal(R.to_uint8(x)[0], expected)
+        assert loaded["hpsv2"](x, ["a red cat"]).isfinite().all()
+    (tmp_path / "no.png").write_text("text")
+    with pytest.raises(ValueError, match=r"no\.png cannot be read"):
+        R.read_picture(str(tmp_path / "no.png"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named_with_the_command_that_fetches_it(folder, tmp_path, name):
+    with pytest.raises(ValueError, match="lacks .* fetch it: (hf download|curl)"):
+        R.REWARDS[name](R.Setup())
+    repository, file = R.FILES[name][-1]
+    for sub in folder.iterdir():
+        if sub.is_dir():
+            (tmp_path / sub.name).symlink_to(sub) if sub.name != repository.split("/")[0] else None
+    with pytest.raises(ValueError) as error:
+        R.load_rewards(name, "", ["a cat"], torch.ones(1, 3, 32, 32), R.Setup(str(tmp_path)))
+    assert f"--local-dir {tmp_path}" in str(error.value) or "curl" in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fault", ["truncated", "text", "missing", "extra", "shape"])
+def test_a_wrong_weights_file_is_one_sentence(folder, tmp_path, name, fault):
+    import shutil
+
+    for sub in {r for r, _ in R.FILES[name]}:
+        shutil.copytree(folder / sub, tmp_path / sub)
+    path = tmp_path / weights.FILES[name]
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif fault == "text":
+        path.write_text("not found")
+    else:
+        state = R.read_weights(path)
+        key = next(k for k in state if k.endswith(("ln_pre.weight", "pre_layrnorm.weight", "layers.2.weight")))
+        if fault == "missing":
+            del state[key]
+        else:
+            state["surplus.weight" if fault == "extra" else key] = torch.zeros(3, 3)
+        save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(ValueError) as error:
+        R.REWARDS[name](R.Setup(str(tmp_path)))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_official_checkpoints_fit_the_official_architectures(monkeypatch):
+    """Every key and shape of the packages' full-size models (manifest.json) is what our models take."""
+    monkeypatch.undo()
+
+    def meta(name):
+        return {k: torch.empty(s, device="meta") for k, s in weights.official(name).items() if "position_ids" not in k}
+
+    def shapes(state, start=""):
+        return {k.removeprefix(start): v.shape for k, v in state.items() if k.startswith(start)}
+
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("official_rewards", R.__file__)
+    official = importlib.util.module_from_spec(spec)
+    sys.modules["official_rewards"] = official
+    spec.loader.exec_module(official)  # the module as it stands, without the reduced architectures
+    with torch.device("meta"):
+        vit_h, vision = CLIPModel(official.VIT_H), BlipVisionModel(official.BLIP_VISION)
+        text = BlipTextModel(official.BLIP_TEXT, add_pooling_layer=False)
+        both = {"num_attention_heads": 12, "projection_dim": 768}
+        large = CLIPModel(
+            CLIPConfig(
+                vision_config=official.VIT_L | {"patch_size": 14, "projection_dim": 768},
+                text_config=both | {"hidden_size": 768, "intermediate_size": 3072},
+                projection_dim=768,
+            )
+        )
+    assert shapes(official.from_open_clip(meta("hpsv2"))) == shapes(vit_h.state_dict())
+    assert shapes(meta("pickscore")) == shapes(vit_h.state_dict())
+    assert shapes(meta("clip")) == shapes(large.state_dict())
+    blip = official.renamed(meta("imagereward"), official.BLIP)
+    assert shapes(blip, "vision.") == shapes(vision.state_dict())
+    assert shapes(blip, "text.") == shapes(text.state_dict())
+    for name, start in (("imagereward", "mlp."), ("aesthetic", "")):
+        state = {
+            k.removeprefix(start): torch.zeros(s) for k, s in weights.official(name).items() if k.startswith(start)
+        }
+        official.linear_head(state, Path("x"), 768)
+    assert sum(v.numel() for v in meta("hpsv2").values()) == 986_109_441
+
+
+def test_command_line(folder, tmp_path, capsys):
+    for i, picture in enumerate(weights.pictures()[:2]):
+        picture.save(tmp_path / f"{i}.png")
+    files = [str(tmp_path / f"{i}.png") for i in range(2)]
+    common = ["--reward-weights", str(folder)]
+    R.main(["score", "--reward", "hpsv2,aesthetic", *files, "--prompt", weights.PROMPTS[0], *common])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("hpsv2", "aesthetic"):
+        assert document["scores"][name] == pytest.approx(AUTHORITY[name][:2], abs=1e-5)
+    R.main(["list", *common])
+    assert set(json.loads(capsys.readouterr().out.splitlines()[-1]).values()) == {"ready"}
+    R.main(["list"])
+    state = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert state["ocr"] == "ready" and "hf download xswu/HPSv2 HPS_v2.1_compressed.pt" in state["hpsv2"]
+    for bad in (["--prompt", "a", "--prompt", "b", "--prompt", "c"], ["--prompt", "a", "--reward", "beauty"]):
+        with pytest.raises(SystemExit) as stop:
+            R.main(["score", "--reward", "clip", *files, *bad, *common])
+        assert stop.value.code == 2
+
+
+def test_training_on_a_preference_model(folder, tmp_path, capsys):
+    import train_image
+
+    flags = "--leaves 4 --prompts-per-iteration 2 --eval-size 4 --iterations 1 --reward clip:0.1,pickscore --watch aesthetic"
+    train_image.main(
+        [*flags.split(), "--reward-mix", "advantage", "--reward-weights", str(folder), "--out", str(tmp_path / "a")]
+    )
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"clip_after", "pickscore_after", "aesthetic_after"} <= set(document)
+    row = json.loads((tmp_path / "a/metrics.jsonl").read_text().splitlines()[-1])
+    assert {"reward_clip", "reward_pickscore", "heldout_aesthetic"} <= set(row)
