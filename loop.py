@@ -260,11 +260,12 @@ def keep_options(o) -> None:
             )
 
 
-def main(o, policy_class, prompts: list[str], heldout: list[str], finish) -> None:
+def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: list[str], finish) -> None:
     """A whole run from resolved options: rewards, policy, loop, pictures; prints the counts first, the document last.
 
     Args:
-        policy_class: has `load(model, height, width, ...)`, see policies.py.
+        load_policy: called with dtype, device, guidance, lora, keep_reference; see policies.py.
+        shape: of one picture or video.
         prompts, heldout: from flags.load_prompts.
         finish: called with the Run at the end, on the main process; writes what people look at.
 
@@ -278,13 +279,12 @@ def main(o, policy_class, prompts: list[str], heldout: list[str], finish) -> Non
     o.out = broadcast_object_list([find_out(o) if main_process else None])[0]
     if main_process:
         print(describe(o, prompts, heldout), flush=True)
-    blank = torch.ones(1, 3, o.height, o.width)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     setup = R.Setup(o.reward_weights, accelerator.device, dtypes[o.reward_dtype], o.reward_offload, o.reward_batch)
-    rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], blank, setup)
+    rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], torch.ones(1, *shape), setup)
     dtype = dtypes[o.dtype]
     trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
-    policy = policy_class.load(o.model, o.height, o.width, dtype, device=accelerator.device, **trained)
+    policy = load_policy(dtype=dtype, device=accelerator.device, **trained)
     if main_process:
         keep_options(o)
     accelerator.wait_for_everyone()

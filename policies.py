@@ -1,14 +1,14 @@
-"""Policies: what a model must offer to be trained here, and FLUX, for any diffusers checkpoint.
+"""Policies: what a model must offer to be trained here; FLUX for images and Wan for video, for any diffusers checkpoint.
 
 A policy is a frozen text encoder, a trained transformer and a frozen decoder:
 
     encode(prompts) -> cond            dict of tensors, first dimension the prompts
     velocity(x, sigma, cond) -> v      v_theta(x, sigma, prompt), noise minus data; sigma = 1 is noise
-    decode(x) -> pictures              (B, 3, H, W) in [0, 1]
+    decode(x) -> pictures              (B, 3, H, W) in [0, 1]; videos are (B, F, 3, H, W)
     latent_shape, transformer, save(folder)
 
 The tree, the credit and the loss know nothing else of a model. Packing, VAE constants, channel counts and the length of the
-text are read from the checkpoint's own config, so a small model and FLUX.1-dev take the same path.
+text are read from the checkpoint's own config, so a small model and FLUX.1-dev or Wan2.1 take the same path.
 """
 
 import copy
@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
@@ -58,34 +58,27 @@ def load_pipeline(model: str, wanted: type, dtype: torch.dtype) -> DiffusionPipe
         raise ValueError(f"--model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
-class FluxPolicy:
-    """FLUX (and any checkpoint of its class) as a policy over packed latents of shape (tokens, channels).
+class Policy:
+    """What image and video policies share: a frozen diffusers pipeline around a trained transformer.
 
     Args:
         pipe: the diffusers pipeline; its transformer is trained, the rest is frozen.
-        height, width: pixels, multiples of the VAE's factor times the packing (16 for FLUX.1-dev).
-        guidance: value of the embedded guidance; unused by a checkpoint without that embedding.
+        device: of everything.
         autocast: bf16 autocast around the transformer and the decoder.
         lora: rank of a LoRA on the attention projections (alpha = 2 rank, as in Flow-GRPO); 0 trains all weights.
         keep_reference: keep the untrained velocity at hand, for the KL term (free with LoRA, a copy without).
-
-    Raises:
-        ValueError: if height or width does not divide.
     """
 
-    pipeline_class = FluxPipeline
+    pipeline_class: type
+    latent_shape: tuple[int, ...]
 
-    def __init__(self, pipe, height, width, guidance=3.5, device="cpu", autocast=False, lora=0, keep_reference=False):
-        self.pipe, self.height, self.width, self.guidance = pipe, height, width, guidance
-        self.device, self.autocast, self.lora = torch.device(device), autocast, lora
-        patch = 2 * pipe.vae_scale_factor
-        for flag, size in (("--height", height), ("--width", width)):
-            if size < patch or size % patch:
-                raise ValueError(f"{flag} must be a positive multiple of {patch}, got {size}")
+    def __init__(self, pipe: DiffusionPipeline, device="cpu", autocast=False, lora=0, keep_reference=False):
+        self.pipe, self.device, self.autocast, self.lora = pipe, torch.device(device), autocast, lora
         pipe.set_progress_bar_config(disable=True)
         pipe.to(self.device)
-        for module in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
-            module.eval().requires_grad_(False)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval().requires_grad_(False)
         self.transformer = pipe.transformer
         self.reference = copy.deepcopy(pipe.transformer) if keep_reference and not lora else None
         if lora:
@@ -95,65 +88,44 @@ class FluxPolicy:
             self.transformer.requires_grad_(True)
         for weight in self.trainable():
             weight.data = weight.data.float()  # fp32 master weights, whatever the checkpoint's dtype
-        rows, columns = height // patch, width // patch
-        self.latent_shape = (rows * columns, pipe.transformer.config.in_channels)  # (tokens, channels)
-        self.img_ids = pipe._prepare_latent_image_ids(1, rows, columns, self.device, torch.float32)
-        self.text_length = min(512, pipe.tokenizer_2.model_max_length)
-        self._encoded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._encoded: dict[str, dict[str, Tensor]] = {}
 
     @classmethod
-    def load(cls, model: str, height: int, width: int, dtype: torch.dtype = torch.float32, **kwargs) -> "FluxPolicy":
+    def load(cls, model: str, *sizes: int, dtype: torch.dtype = torch.float32, **kwargs) -> "Policy":
         """From a local folder or a hub id; see `load_pipeline` and the class for what is raised."""
         diffusers_logging.disable_progress_bar()
         pipe = load_pipeline(model, cls.pipeline_class, dtype)
-        return cls(pipe, height, width, autocast=dtype == torch.bfloat16, **kwargs)
+        return cls(pipe, *sizes, autocast=dtype == torch.bfloat16, **kwargs)
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimiser sees."""
         return [p for p in self.transformer.parameters() if p.requires_grad]
 
+    def embed(self, prompts: list[str]) -> Cond:
+        """Text to conditioning, with the pipeline's own encoders."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:
-        """Text to conditioning: T5 states (P, L, C) and CLIP's pooled vector (P, C'); each prompt is encoded once."""
+        """Text to conditioning, first dimension the prompts; each prompt is encoded once in the life of the policy."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
         if new:
-            states, pooled, _ = self.pipe.encode_prompt(new, None, self.device, max_sequence_length=self.text_length)
-            self._encoded.update(zip(new, zip(states.cpu(), pooled.cpu())))
-        states, pooled = zip(*(self._encoded[p] for p in prompts))
-        return {"states": torch.stack(states).to(self.device), "pooled": torch.stack(pooled).to(self.device)}
+            cond = self.embed(new)
+            self._encoded |= {p: {k: v[i].cpu() for k, v in cond.items()} for i, p in enumerate(new)}
+        rows = [self._encoded[p] for p in prompts]
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
-        """v_theta(x, sigma, prompt): x (B, tokens, channels), sigma (B,) in (0, 1] -> (B, tokens, channels) float32."""
+    def call(self, reference: bool, **inputs) -> Tensor:
+        """The transformer, or with `reference` the untrained one, under autocast: its output in float32."""
         model = self.reference if reference and self.reference is not None else self.transformer
         adapters_off = reference and self.lora > 0
         if adapters_off:
             self.pipe.transformer.disable_adapters()
-        has_guidance = self.pipe.transformer.config.guidance_embeds
-        txt_ids = torch.zeros(cond["states"].shape[1], 3, device=x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            v = model(
-                hidden_states=x,
-                timestep=sigma.to(x.dtype),
-                guidance=torch.full_like(sigma, self.guidance, dtype=x.dtype) if has_guidance else None,
-                encoder_hidden_states=cond["states"],
-                pooled_projections=cond["pooled"],
-                img_ids=self.img_ids,
-                txt_ids=txt_ids,
-                return_dict=False,
-            )[0]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            v = model(**inputs, return_dict=False)[0]
         if adapters_off:
             self.pipe.transformer.enable_adapters()
         return v.float()
-
-    @torch.no_grad()
-    def decode(self, x: Tensor, micro_batch: int = 64) -> Tensor:
-        """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
-        vae, pictures = self.pipe.vae, []
-        for part in x.split(micro_batch):
-            z = self.pipe._unpack_latents(part, self.height, self.width, self.pipe.vae_scale_factor)
-            z = z / vae.config.scaling_factor + vae.config.shift_factor
-            pictures.append((vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1).cpu())
-        return torch.cat(pictures)
 
     def save(self, folder: Path) -> None:
         """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`."""
@@ -165,3 +137,128 @@ class FluxPolicy:
             )
         else:
             self.pipe.save_pretrained(folder)
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Both sides are positive multiples of what one token covers.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for flag, size in (("--height", height), ("--width", width)):
+        if size < multiple or size % multiple:
+            raise ValueError(f"{flag} must be a positive multiple of {multiple}, got {size}")
+
+
+class FluxPolicy(Policy):
+    """FLUX over packed latents of shape (tokens, channels).
+
+    Args:
+        height, width: pixels, multiples of the VAE's factor times the packing (16 for FLUX.1-dev).
+        guidance: value of the embedded guidance; unused by a checkpoint without that embedding.
+
+    Raises:
+        ValueError: if height or width does not divide.
+    """
+
+    pipeline_class = FluxPipeline
+
+    def __init__(self, pipe: FluxPipeline, height: int, width: int, guidance: float = 3.5, **kwargs):
+        patch = 2 * pipe.vae_scale_factor
+        check_size(height, width, patch)
+        super().__init__(pipe, **kwargs)
+        self.height, self.width, self.guidance = height, width, guidance
+        rows, columns = height // patch, width // patch
+        self.latent_shape = (rows * columns, pipe.transformer.config.in_channels)  # (tokens, channels)
+        self.img_ids = pipe._prepare_latent_image_ids(1, rows, columns, self.device, torch.float32)
+        self.text_length = min(512, pipe.tokenizer_2.model_max_length)
+
+    def embed(self, prompts: list[str]) -> Cond:
+        """T5 states (P, L, C) and CLIP's pooled vector (P, C')."""
+        states, pooled, _ = self.pipe.encode_prompt(prompts, None, self.device, max_sequence_length=self.text_length)
+        return {"states": states, "pooled": pooled}
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
+        """v_theta(x, sigma, prompt): x (B, tokens, channels), sigma (B,) in (0, 1] -> (B, tokens, channels) float32."""
+        has_guidance = self.pipe.transformer.config.guidance_embeds
+        return self.call(
+            reference,
+            hidden_states=x,
+            timestep=sigma.to(x.dtype),
+            guidance=torch.full_like(sigma, self.guidance, dtype=x.dtype) if has_guidance else None,
+            encoder_hidden_states=cond["states"],
+            pooled_projections=cond["pooled"],
+            img_ids=self.img_ids,
+            txt_ids=torch.zeros(cond["states"].shape[1], 3, device=x.device),
+        )
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, micro_batch: int = 64) -> Tensor:
+        """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
+        vae, pictures = self.pipe.vae, []
+        for part in x.split(micro_batch):
+            z = self.pipe._unpack_latents(part, self.height, self.width, self.pipe.vae_scale_factor)
+            z = z / vae.config.scaling_factor + vae.config.shift_factor
+            pictures.append((vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1).cpu())
+        return torch.cat(pictures)
+
+
+class WanPolicy(Policy):
+    """Wan text-to-video over latents of shape (channels, latent frames, rows, columns).
+
+    Args:
+        height, width: pixels, multiples of the VAE's factor times the patch (16 for Wan2.1).
+        frames: 4k + 1 for Wan2.1's VAE, which keeps the first frame and folds the rest by 4.
+        guidance: classifier-free, u + g (c - u) of the velocities with (c) and without (u) the prompt, in rollout and in
+            training, both in one call; 1 leaves u out and halves the cost.
+
+    Raises:
+        ValueError: if a size does not divide, or the checkpoint has two transformers (Wan2.2's 14B).
+    """
+
+    pipeline_class = WanPipeline
+
+    def __init__(self, pipe: WanPipeline, height: int, width: int, frames: int, guidance: float = 1.0, **kwargs):
+        patch, fold = pipe.transformer.config.patch_size, pipe.vae_scale_factor_temporal
+        check_size(height, width, pipe.vae_scale_factor_spatial * patch[1])
+        if frames < 1 or (frames - 1) % fold:
+            raise ValueError(f"--frames must be a multiple of {fold}, plus 1, for this VAE, got {frames}")
+        if pipe.transformer_2 is not None:
+            raise ValueError("--model has a transformer for each noise range; only one can be trained here")
+        super().__init__(pipe, **kwargs)
+        self.guidance, shrink = guidance, pipe.vae_scale_factor_spatial
+        self.latent_shape = (
+            pipe.transformer.config.in_channels, (frames - 1) // fold + 1, height // shrink, width // shrink,
+        )  # fmt: skip
+        self.text_length = min(512, pipe.tokenizer.model_max_length)
+
+    def embed(self, prompts: list[str]) -> Cond:
+        """UMT5 states (P, L, C), zero after the text; with guidance those of the empty prompt beside them."""
+        guided = {"do_classifier_free_guidance": self.guidance != 1, "max_sequence_length": self.text_length}
+        states, empty = self.pipe.encode_prompt(prompts, **guided, device=self.device)
+        return {"states": states} | ({} if empty is None else {"empty": empty})
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
+        """v_theta(x, sigma, prompt), guided: x (B, *latent_shape), sigma (B,) in (0, 1] -> the same shape, float32."""
+        t = sigma.float() * self.pipe.scheduler.config.num_train_timesteps
+        if self.guidance == 1:
+            return self.call(reference, hidden_states=x, timestep=t, encoder_hidden_states=cond["states"])
+        both = torch.cat([cond["states"], cond["empty"]])
+        v = self.call(
+            reference, hidden_states=x.repeat(2, 1, 1, 1, 1), timestep=t.repeat(2), encoder_hidden_states=both
+        )
+        with_prompt, without = v.chunk(2)
+        return without + self.guidance * (with_prompt - without)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, micro_batch: int = 1) -> Tensor:
+        """Latents (B, *latent_shape) -> videos (B, F, 3, H, W) in [0, 1], float32 on the CPU; one by one, for memory."""
+        vae, videos = self.pipe.vae, []
+        mean, std = (
+            torch.tensor(v, device=x.device).view(1, -1, 1, 1, 1)
+            for v in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        for part in x.split(micro_batch):
+            video = vae.decode((part * std + mean).to(vae.dtype)).sample.float()  # (b, 3, F, H, W)
+            videos.append((video / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu())
+        return torch.cat(videos)

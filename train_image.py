@@ -11,6 +11,7 @@ Progress goes to stderr; the last line on stdout is one JSON document. Bad input
 """
 
 import sys
+from functools import partial
 
 import flags
 import loop
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         flags.resolve(o)
         prompts, heldout = flags.load_prompts(o, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
-        loop.main(o, FluxPolicy, prompts, heldout, report.write)
+        policy = partial(FluxPolicy.load, o.model, o.height, o.width)
+        loop.main(o, policy, (3, o.height, o.width), prompts, heldout, report.write)
     except (ValueError, NonFinite) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         sys.exit(2)

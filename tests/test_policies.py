@@ -1,14 +1,21 @@
-"""The Flux policy against diffusers' own pipeline, on a random model of the embedded one's shape."""
+"""The policies against diffusers' own pipelines, on random models."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from branchgrpo import Sampler, sample_ode
-from policies import FluxPolicy, load_pipeline, repeat_cond, take_cond
+from policies import FluxPolicy, WanPolicy, load_pipeline, repeat_cond, take_cond
 from sde import sigma_schedule
 from tiny.make_tiny_flux import build
 
@@ -133,3 +140,80 @@ def test_a_broken_checkpoint_is_one_sentence(folder, tmp_path):
     (broken / "text_encoder_2").mkdir()
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_pipeline(str(broken), FluxPipeline, torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Wan
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """A random WanPipeline of the classes and the config keys of Wan2.1."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("wan")
+    vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    heads = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "ffn_dim": 96}
+    transformer = WanTransformer3DModel(**heads, text_dim=32, freq_dim=32, qk_norm="rms_norm_across_heads")
+    text = UMT5Config(vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    pipe = WanPipeline(
+        ByT5Tokenizer(extra_ids=0, model_max_length=32), UMT5EncoderModel(text), vae,
+        FlowMatchEulerDiscreteScheduler(shift=3.0), transformer,
+    )  # fmt: skip
+    pipe.save_pretrained(path)
+    return path
+
+
+MOVES = ["a red circle moves left", "a blue square", ""]
+
+
+@pytest.mark.parametrize("guidance, shape", [(1.0, (32, 48, 9)), (4.0, (32, 32, 5)), (4.0, (16, 16, 1))])
+def test_wan_equals_the_pipeline(wan, guidance, shape):
+    """The pipeline's noise levels, the same noise: encode, guided velocity, the ODE walk and decode give its videos."""
+    policy = WanPolicy.load(str(wan), *shape, guidance=guidance)
+    noise = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+    pipe = WanPipeline.from_pretrained(wan)
+    pipe.set_progress_bar_config(disable=True)
+    size = dict(zip(("height", "width", "num_frames"), shape)) | {"max_sequence_length": 32}
+    kwargs = {"guidance_scale": guidance, "num_inference_steps": 4, "latents": noise, "output_type": "pt"}
+    theirs = pipe(MOVES, **size, **kwargs).frames
+    sampler = Sampler(pipe.scheduler.sigmas.double(), "dance", 0.3)
+    ours = policy.decode(sample_ode(policy, policy.encode(MOVES), sampler, noise))
+    assert ours.shape == theirs.shape == (3, shape[2], 3, *shape[:2])
+    assert (ours - theirs).abs().max() < 5e-5 and ours.std() > 0.01
+
+
+def test_wan_guidance_is_one_call_of_both_halves(wan):
+    """u + g (c - u), each row with its own noise level; g = 1 is the prompt alone."""
+    policies = {g: WanPolicy.load(str(wan), 32, 32, 5, guidance=g) for g in (1.0, 3.0)}
+    x = torch.randn(2, *policies[1.0].latent_shape, generator=torch.Generator().manual_seed(2))
+    sigma = torch.tensor([0.9, 0.2])
+    with torch.no_grad():
+        conditional = policies[1.0].velocity(x, sigma, policies[1.0].encode(MOVES[:2]))
+        empty = policies[1.0].velocity(x, sigma, policies[1.0].encode(["", ""]))
+        guided = policies[3.0].velocity(x, sigma, policies[3.0].encode(MOVES[:2]))
+    torch.testing.assert_close(guided, empty + 3 * (conditional - empty), atol=1e-5, rtol=1e-4)
+    assert set(policies[1.0].encode(MOVES)) == {"states"}
+
+
+def test_wan_trains_with_lora_and_without(wan, tmp_path):
+    for lora in (0, 2):
+        policy = WanPolicy.load(str(wan), 32, 32, 5, guidance=2.0, lora=lora)
+        x = torch.randn(1, *policy.latent_shape)
+        policy.velocity(x, torch.tensor([0.5]), policy.encode(MOVES[:1])).square().mean().backward()
+        grads = [p.grad for p in policy.trainable()]
+        assert len(grads) > 20 and all(g is not None for g in grads)
+        policy.save(tmp_path / str(lora))
+    WanPipeline.from_pretrained(tmp_path / "0")
+    WanPipeline.from_pretrained(wan).load_lora_weights(tmp_path / "2")
+
+
+@pytest.mark.parametrize(
+    "sizes, words", [((32, 32, 8), "--frames"), ((24, 32, 9), "--height"), ((32, 40, 9), "--width")]
+)
+def test_wan_sizes_must_divide(wan, sizes, words):
+    with pytest.raises(ValueError, match=words):
+        WanPolicy.load(str(wan), *sizes)
+
+
+def test_each_script_refuses_the_others_checkpoint(folder, wan):
+    with pytest.raises(ValueError, match="is a FluxPipeline; a WanPipeline is needed"):
+        WanPolicy.load(str(folder), 32, 32, 9)
+    with pytest.raises(ValueError, match="is a WanPipeline; a FluxPipeline is needed"):
+        FluxPolicy.load(str(wan), 32, 32)

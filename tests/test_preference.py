@@ -5,6 +5,8 @@ them again.
 """
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -110,8 +112,6 @@ def test_a_missing_file_is_named_with_the_command_that_fetches_it(folder, tmp_pa
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fault", ["truncated", "text", "missing", "extra", "shape"])
 def test_a_wrong_weights_file_is_one_sentence(folder, tmp_path, name, fault):
-    import shutil
-
     for sub in {r for r, _ in R.FILES[name]}:
         shutil.copytree(folder / sub, tmp_path / sub)
     path = tmp_path / weights.FILES[name]
@@ -204,3 +204,16 @@ def test_training_on_a_preference_model(folder, tmp_path, capsys):
     assert {"clip_after", "pickscore_after", "aesthetic_after"} <= set(document)
     row = json.loads((tmp_path / "a/metrics.jsonl").read_text().splitlines()[-1])
     assert {"reward_clip", "reward_pickscore", "heldout_aesthetic"} <= set(row)
+
+
+@pytest.mark.slow
+def test_full_size_equals_the_packages(tmp_path):
+    """HPSv2.1 and ImageReward at full size, random weights, 3 pictures: 8 GB of disk, 10 GB of memory, some minutes."""
+    root = HERE.parent
+    for python, script, more in ((".venv-reference", "authority.py", ["--full"]), (".venv", "compare.py", [])):
+        command = [root / python / "bin/python", HERE / "reference" / script, tmp_path, *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stdout[-3000:])
+        assert done.returncode == 0, done.stderr[-3000:]
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert set(document) == {"hpsv2", "imagereward"} and all(row["passed"] for row in document.values())
