@@ -74,7 +74,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
-def parser(description: str, model: str, height: int, width: int, reward: str) -> argparse.ArgumentParser:
+def parser(
+    description: str, model: str, height: int, width: int, reward: str, guidance: float = 3.5
+) -> argparse.ArgumentParser:
     """All flags; the arguments are the defaults in which image and video differ."""
     p = Parser(description=description, formatter_class=Help, allow_abbrev=False)
     g = p.add_argument_group("model and data").add_argument
@@ -83,7 +85,7 @@ def parser(description: str, model: str, height: int, width: int, reward: str) -
     g("--eval-prompts", help="held-out prompts, a line each; default: the last tenth of --prompts")
     g("--height", type=COUNT, default=height, help="pixels (paper: 720)")
     g("--width", type=COUNT, default=width, help="pixels (paper: 720)")
-    g("--guidance", type=NOT_NEGATIVE, default=3.5, help="embedded guidance scale (FLUX.1-dev: 3.5)")
+    g("--guidance", type=NOT_NEGATIVE, default=guidance, help="scale (FLUX.1-dev, embedded: 3.5; Wan2.1: 5; 1 is none)")
     g("--lora", type=FROM_ZERO, default=0, help="LoRA rank, alpha = 2 rank; 0 trains all weights (Flow-GRPO: 64)")
     add_tree_flags(p.add_argument_group("tree").add_argument)
     add_learning_flags(p, reward)
@@ -143,7 +145,7 @@ def add_learning_flags(p, reward: str) -> None:
     g("--reward-dtype", choices=("fp32", "bf16"), default="fp32", help="of preference models")
     g("--reward-batch", type=COUNT, default=32, help="pictures at a time in a preference model")
     g("--reward-offload", action="store_true", help="preference models wait on the CPU between scorings")
-    g("--watch", default="auto", help="rewards to measure only; auto: ocr, colour where all prompts allow")
+    g("--watch", default="auto", help="rewards to measure only; auto: ocr, colour, motion where all prompts allow")
     g("--fusion-beta", type=NOT_NEGATIVE, default=1.0, help="beta of Eq. 3; 0 = plain mean (paper: 1)")
     g("--adv-clip", type=POSITIVE, default=5.0, help="A_max (DanceGRPO: 5)")
     g("--loss-weight", choices=("edge", "path"), default="edge", help="see branchgrpo.gather (paper: edge)")

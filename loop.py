@@ -149,6 +149,14 @@ def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
     return [prompts[order[i // size][i % size]] for i in range(first, first + n)]
 
 
+def strip(pictures: Tensor, n: int = 3) -> Tensor:
+    """Videos (B, F, 3, H, W) as n of their frames side by side, (B, 3, H, n W); pictures (B, 3, H, W) as they are."""
+    if pictures.ndim == 4:
+        return pictures
+    frames = pictures[:, torch.linspace(0, pictures.shape[1] - 1, n).round().long()]
+    return frames.permute(0, 2, 3, 1, 4).flatten(3)
+
+
 def stopwatch(device: torch.device):
     """A function that returns the seconds since it was last called, the device's queue drained."""
     last = time.perf_counter()
@@ -335,7 +343,7 @@ class Log:
             if name != "iteration":
                 self.board.add_scalar(name, value, row["iteration"])
         if pictures is not None:
-            self.board.add_images("heldout", pictures, row["iteration"])
+            self.board.add_images("heldout", strip(pictures), row["iteration"])
         for name, values in (histograms or {}).items():
             self.board.add_histogram(name, values, row["iteration"])
 

@@ -3,19 +3,24 @@
 1. before_after.png  held-out prompts, the same noise, before and after training
 2. curves.png        training reward and spread, held-out scores, diagnostics, seconds, from metrics.jsonl alone
 3. tree.png          a real rollout: the clean estimate at every node, edges coloured by advantage, pruned edges dashed
+
+Videos are drawn as strips of their frames, and played in before_after.mp4 and before_after.gif.
 """
 
 import textwrap
 from pathlib import Path
 
+import imageio.v2 as imageio
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.collections import LineCollection
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,7 +39,10 @@ def write(run) -> None:
         run.pictures = loop.evaluate(run)[1]
     before = load_file(run.out / "before.safetensors")["pictures"]
     prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
-    before_after(before, run.pictures, prompts, run.out / "before_after.png")
+    columns = 6 if before.ndim == 4 else 2
+    before_after(loop.strip(before, 9), loop.strip(run.pictures, 9), prompts, run.out / "before_after.png", columns)
+    if before.ndim == 5:
+        play(before, run.pictures, prompts, run.out / "before_after")
     curves(run.history, run.out / "curves.png")
     if run.ema:
         run.ema.copy_to(run.policy.trainable())
@@ -69,6 +77,29 @@ def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, 
     fig.tight_layout()
     fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns: int = 6, side: int = 96) -> None:
+    """before_after.mp4 and .gif: pairs of videos (B, F, 3, H, W), before on the left, each enlarged to `side` pixels."""
+    enlarge = max(1, side // before.shape[-1])
+    pairs = torch.cat([before, F.pad(after, (2, 0), value=0.5)], -1)  # (B, F, 3, H, 2 W + 2)
+    pairs = F.pad(pairs.flatten(0, 1), (1, 1, 1, 1), value=1.0).unflatten(0, pairs.shape[:2])
+    pixels = R.to_uint8(pairs.flatten(0, 1)).reshape(*pairs.shape[:2], *pairs.shape[-2:], 3)
+    pixels = pixels.repeat(enlarge, 2).repeat(enlarge, 3)
+    rows = []
+    for at in range(0, len(pixels) // columns * columns, columns):
+        cells = []
+        for video, prompt in zip(pixels[at : at + columns], prompts[at : at + columns]):
+            title = Image.new("RGB", (video.shape[2], 16), "white")
+            ImageDraw.Draw(title).text((4, 2), prompt, "black", ImageFont.load_default(10))
+            cells.append(
+                np.concatenate([np.broadcast_to(np.asarray(title), (len(video), 16, video.shape[2], 3)), video], 1)
+            )
+        rows.append(np.concatenate(cells, 2))
+    frames = np.concatenate(rows, 1)  # (F, height, width, 3)
+    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # the codec wants even sides
+    imageio.mimwrite(path.with_suffix(".mp4"), frames, fps=8, macro_block_size=1)
+    imageio.mimwrite(path.with_suffix(".gif"), frames, duration=125, loop=0)
 
 
 def series(history: list[dict], name: str) -> tuple[list, list]:
@@ -119,6 +150,7 @@ def tree(run, path: Path) -> None:
     levels = [x[0] for x in [*out.x0hat, out.latents[-1]]]  # (n_d, *latent) each
     pictures = policy.decode(torch.cat(levels)).split(forest.sizes)
     scores = R.score(run.rewards, pictures[-1], [prompt] * forest.leaves)
+    pictures = [loop.strip(level) for level in pictures]
     rewards, fused, advantages = loop.credit_leaves(run, out, forest, scores)
     keep = prune(forest, fused, o.width_prune, todo.depth)
     draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)

@@ -7,6 +7,7 @@
 2. colour            ink colour against the first colour word of the prompt                                [0, 1]
 3. jpeg, jpeg-large  size of the picture as JPEG in kB, small is good / large is good                      < 0 / > 0
 4. hpsv2, pickscore, clip, aesthetic, imagereward   preference models, run by transformers from their official weights
+5. motion, temporal  of videos (B, F, 3, H, W): optical flow against the prompt's direction; warping and flicker     [0, 1]
 
 `python rewards.py list` says which are ready, `python rewards.py score --reward hpsv2 PICTURE --prompt TEXT` scores. That 4
 equals the official packages is proven by `make reference`, in an environment of their own. Several at once, weighted and summed: `--reward ocr:1,jpeg:0.1`. OCR cannot see colour, so a policy trained on it alone
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import cv2
 import ftfy
 import numpy as np
 import torch
@@ -160,6 +162,87 @@ def jpeg(pictures: Tensor, prompts: list[str]) -> Tensor:
 def jpeg_large(pictures: Tensor, prompts: list[str]) -> Tensor:
     """Incompressibility (DDPO): the size in kB as a JPEG of quality 95; above 0, higher is larger."""
     return -jpeg(pictures, prompts)
+
+
+# --------------------------------------------------------------------------------------------------------------- video
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}  # x, y; y points down
+SLOW = 0.005  # of the longer side, in a frame: less is no motion
+
+
+def wanted_motion(prompt: str) -> np.ndarray:
+    """(2,) the direction that the prompt names: the first of left, right, up, down, still.
+
+    Raises:
+        CannotScore: if it names none.
+    """
+    for word in re.findall(r"[a-z]+", prompt.lower()):
+        if word in DIRECTIONS:
+            return np.array(DIRECTIONS[word], dtype=float)
+    raise CannotScore(f"the motion reward needs one of {', '.join(DIRECTIONS)}; the prompt {prompt!r} names none")
+
+
+def optical_flow(video: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(F, 3, H, W) in [0, 1] -> its grey frames (F, H, W) uint8 and Farneback's flow between them, (F - 1, H, W, 2) pixels.
+
+    Raises:
+        CannotScore: if it is no video of at least two frames.
+    """
+    if video.ndim != 4 or len(video) < 2:
+        raise CannotScore("this reward watches motion: it needs videos of two frames or more")
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in to_uint8(video)]
+    window = max(9, min(grey[0].shape) // 16)
+    flow = [cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, window, 3, 5, 1.1, 0) for a, b in pairwise(grey)]
+    return np.stack(grey), np.stack(flow)
+
+
+def still_change(grey: np.ndarray, speed: np.ndarray, slow: float) -> float:
+    """Mean absolute change, of 1, from frame to frame where nothing moves: flicker."""
+    change = abs(np.diff(grey.astype(float), axis=0)) / 255
+    return float(change[speed < slow].mean()) if (speed < slow).any() else 1.0
+
+
+def motion(videos: Tensor, prompts: list[str]) -> Tensor:
+    """Does the optical flow point where the prompt says, steadily, and is the rest still? (B, F, 3, H, W) -> [0, 1], 1 is best.
+
+    direction x smooth x still, where u_t is the flow between two frames, averaged with its own length as weight:
+    direction  mean_t cos(u_t, wanted), 0 where slower than SLOW; for `still`: 1 at rest, 0 from 4 SLOW on
+    smooth     1 - mean_t |u_{t+1} - u_t| / (mean_t |u_t| + SLOW)
+    still      1 - 10 x mean change where nothing moves
+    Each is exactly 1 within a tenth (smooth: a fifth) of its best, so that ties stay ties, as with colour.
+    """
+    scores = []
+    for video, prompt in zip(videos, prompts, strict=True):
+        grey, flow = optical_flow(video)
+        slow, speed = SLOW * max(video.shape[2:]), np.hypot(flow[..., 0], flow[..., 1])
+        u = (flow * speed[..., None]).sum((1, 2)) / (speed.sum((1, 2))[:, None] + 1e-6)  # (F - 1, 2)
+        fast, wanted = np.hypot(u[:, 0], u[:, 1]), wanted_motion(prompt)
+        if wanted.any():
+            direction = float(np.mean(np.where(fast > slow, u @ wanted / (fast + 1e-6), 0.0)))
+        else:
+            direction = 1 - float(fast.mean()) / (4 * slow)
+        jerk = float(np.hypot(*np.diff(u, axis=0).T).mean()) if len(u) > 1 else 0.0
+        smooth = 1 - jerk / (float(fast.mean()) + slow)
+        still = 1 - 10 * still_change(grey, speed, slow)
+        scores.append(min(1, max(0, direction) / 0.9) * min(1, max(0, smooth) / 0.8) * min(1, max(0, still) / 0.9))
+    return torch.tensor(scores)
+
+
+def temporal(videos: Tensor, prompts: list[str]) -> Tensor:
+    """Consistency in time: 1 - 5 (warping error + flicker), clipped to [0, 1]; (B, F, 3, H, W), 1 is best.
+
+    warping error  mean |frame t - frame t+1 moved back along the flow|;  flicker  mean change where nothing moves
+    A frozen video scores 1: watch it beside motion, never alone.
+    """
+    scores = []
+    for video in videos:
+        grey, flow = optical_flow(video)
+        rows, columns = np.indices(grey.shape[1:], dtype=np.float32)
+        at = [(columns + f[..., 0], rows + f[..., 1]) for f in flow]
+        back = [cv2.remap(g, *xy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for g, xy in zip(grey[1:], at)]
+        warping = float(abs(np.stack(back).astype(float) - grey[:-1]).mean()) / 255
+        flicker = still_change(grey, np.hypot(flow[..., 0], flow[..., 1]), SLOW * max(video.shape[2:]))
+        scores.append(min(1.0, max(0.0, 1 - 5 * (warping + flicker))))
+    return torch.tensor(scores)
 
 
 # ---------------------------------------------------------------------------------------- preference models: their weights
@@ -543,8 +626,18 @@ REWARDS: dict[str, Callable[[Setup], Reward]] = {  # name -> what makes it; mode
     "pickscore": PickScore,
     "clip": ClipScore,
     "aesthetic": Aesthetic,
+    "motion": lambda setup: motion,
+    "temporal": lambda setup: temporal,
 }
-CHECKS: dict[str, Callable[[str], object]] = {"ocr": quoted_text, "colour": wanted_colour}  # raise on a prompt
+CHECKS: dict[str, Callable[[str], object]] = {  # raise on a prompt
+    "ocr": quoted_text,
+    "colour": wanted_colour,
+    "motion": wanted_motion,
+}
+VIDEO = (
+    "motion",
+    "temporal",
+)  # take (B, F, 3, H, W); of a video, all others see the first, the middle and the last frame
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -586,9 +679,9 @@ def load_rewards(
 
     Args:
         reward: 'name:weight,...' to optimise.
-        watch: names to measure only; 'auto' takes ocr and colour where every prompt allows.
+        watch: names to measure only; 'auto' takes ocr, colour and motion where every prompt allows.
         prompts: all that will be scored.
-        blank: (1, 3, H, W), of the size that will be scored.
+        blank: (1, 3, H, W) or (1, F, 3, H, W), of the size that will be scored.
         setup: where preference models are, and how they run.
 
     Returns:
@@ -598,7 +691,8 @@ def load_rewards(
         ValueError: for an unknown reward or a missing or damaged weights file; CannotScore, a kind of it, for a prompt or a size that one cannot score.
     """
     weights = parse_weights(reward)
-    wanted = [n for n in CHECKS if can_score(n, prompts)] if watch == "auto" else parse_weights(watch)
+    seen = [n for n in CHECKS if blank.ndim == 5 or n not in VIDEO]
+    wanted = [n for n in seen if can_score(n, prompts)] if watch == "auto" else parse_weights(watch)
     names = list(dict.fromkeys([*weights, *wanted]))
     for name in names:
         for prompt in prompts:
@@ -616,7 +710,14 @@ def score(rewards: dict[str, Reward], pictures: Tensor, prompts: list[str]) -> d
     Raises:
         ValueError: if a reward returns a wrong shape or a value that is not finite.
     """
-    scores = {name: reward(pictures, prompts).float() for name, reward in rewards.items()}
+    scores = {}
+    for name, reward in rewards.items():
+        if pictures.ndim == 5 and name not in VIDEO:
+            frames = pictures[:, torch.linspace(0, pictures.shape[1] - 1, 3).round().long()]  # (B, 3, 3, H, W)
+            each = [prompt for prompt in prompts for _ in range(3)]
+            scores[name] = reward(frames.flatten(0, 1), each).float().view(-1, 3).mean(1)
+        else:
+            scores[name] = reward(pictures, prompts).float()
     for name, values in scores.items():
         if values.shape != (len(prompts),) or not values.isfinite().all():
             raise CannotScore(f"the reward {name!r} must return {len(prompts)} finite numbers, got {values}")

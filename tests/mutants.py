@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {"sde": "test_sde", "tree": "test_tree", "branchgrpo": "test_branchgrpo", "schedules": "test_schedules"}
+TESTS |= {"policies": "test_policies", "rewards": "test_preference"}
 FUSE = "return (beta * path_logp.double()).unflatten(1, (nodes, -1)).softmax(-1)"
 CENTRE = "centred = rewards.double() - rewards.double().mean(1, keepdim=True)"
 DROPPED = "set(range(max(start, forest.last_split + 1), start + width))"
@@ -85,6 +86,19 @@ MUTANTS = [
         "return [s * len(std) / sum(std) for s in std] + [0.0]",
         "return [s / max(std) for s in std] + [0.0]",
     ),
+    ("policies", "return without + self.guidance * (", "return with_prompt + self.guidance * ("),
+    ("policies", "(part * std + mean)", "((part + mean) * std)"),
+    ("policies", "z / vae.config.scaling_factor + vae.config.shift_factor", "z / vae.config.scaling_factor"),
+    ("rewards", "scale = size / max(x.shape[2:])", "scale = size / min(x.shape[2:])"),
+    ("rewards", "top, left = round((h - size) / 2)", "top, left = (h - size)"),
+    ("rewards", "return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()", "return prompt"),
+    (
+        "rewards",
+        "(self.head(hidden[:, 0].float())[:, 0] - self.MEAN)",
+        "(self.head(hidden[:, -1].float())[:, 0] - self.MEAN)",
+    ),
+    ("rewards", 'parts = zip("qkv", value.chunk(3))', 'parts = zip("kqv", value.chunk(3))'),
+    ("rewards", "return self.scale * (self.image", "return (self.image"),
 ]
 
 
@@ -93,10 +107,12 @@ def survives(name: str, right: str, wrong: str) -> bool:
     import pytest
 
     with tempfile.TemporaryDirectory() as folder:
-        for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", *(ROOT / "tests").glob("*.py")]:
+        reference = (ROOT / "tests/reference").glob("*.*")
+        for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", *(ROOT / "tests").glob("*.py"), *reference]:
             target = Path(folder) / path.relative_to(ROOT)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(exist_ok=True, parents=True)
             shutil.copy(path, target)
+        shutil.copytree(ROOT / "tiny", Path(folder) / "tiny")
         source = Path(folder) / f"{name}.py"
         text = source.read_text()
         assert text.count(right) == 1, f"{name}.py must hold {right!r} exactly once"
@@ -121,7 +137,7 @@ def main() -> int:
     import hypothesis  # noqa: F401
     import peft  # noqa: F401
     import torch  # noqa: F401
-    from diffusers import FluxPipeline  # noqa: F401
+    from diffusers import FluxPipeline, WanPipeline  # noqa: F401
 
     sys.path = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
     sys.dont_write_bytecode = True
