@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 Cond = dict[str, Tensor]
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -94,6 +95,7 @@ class Policy:
     def load(cls, model: str, *sizes: int, dtype: torch.dtype = torch.float32, **kwargs) -> "Policy":
         """From a local folder or a hub id; see `load_pipeline` and the class for what is raised."""
         diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
         pipe = load_pipeline(model, cls.pipeline_class, dtype)
         return cls(pipe, *sizes, autocast=dtype == torch.bfloat16, **kwargs)
 

@@ -190,7 +190,7 @@ def optical_flow(video: Tensor) -> tuple[np.ndarray, np.ndarray]:
     if video.ndim != 4 or len(video) < 2:
         raise CannotScore("this reward watches motion: it needs videos of two frames or more")
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in to_uint8(video)]
-    window = max(9, min(grey[0].shape) // 16)
+    window = max(9, min(grey[0].shape) // 4)  # of a whole object, or its flat inside hides the motion
     flow = [cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, window, 3, 5, 1.1, 0) for a, b in pairwise(grey)]
     return np.stack(grey), np.stack(flow)
 
@@ -224,7 +224,7 @@ def motion(videos: Tensor, prompts: list[str]) -> Tensor:
         smooth = 1 - jerk / (float(fast.mean()) + slow)
         still = 1 - 10 * still_change(grey, speed, slow)
         scores.append(min(1, max(0, direction) / 0.9) * min(1, max(0, smooth) / 0.8) * min(1, max(0, still) / 0.9))
-    return torch.tensor(scores)
+    return torch.tensor(scores, dtype=torch.float32)
 
 
 def temporal(videos: Tensor, prompts: list[str]) -> Tensor:
@@ -242,7 +242,7 @@ def temporal(videos: Tensor, prompts: list[str]) -> Tensor:
         warping = float(abs(np.stack(back).astype(float) - grey[:-1]).mean()) / 255
         flicker = still_change(grey, np.hypot(flow[..., 0], flow[..., 1]), SLOW * max(video.shape[2:]))
         scores.append(min(1.0, max(0.0, 1 - 5 * (warping + flicker))))
-    return torch.tensor(scores)
+    return torch.tensor(scores, dtype=torch.float32)
 
 
 # ---------------------------------------------------------------------------------------- preference models: their weights

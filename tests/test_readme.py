@@ -45,7 +45,7 @@ def test_snippets_are_short():
 
 @pytest.mark.parametrize(
     "snippet, argv",
-    zip(SNIPPETS, ["--reward ocr:1,light:0.1", "--method late", "--sde constant --eta 0.2"]),
+    list(zip(SNIPPETS, ["--reward ocr:1,light:0.1", "--method late", "--sde constant --eta 0.2"])),
     ids=["reward", "schedule", "step"],
 )
 def test_snippets_train(snippet, argv, tmp_path, capsys):

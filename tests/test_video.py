@@ -1,0 +1,157 @@
+"""Video: rewards on drawn clips whose motion is known, and train_video.py as a user meets it."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import loop
+import report
+import rewards as R
+import train_image
+import train_video
+from tiny.make_tiny_wan import COLOURS, MOTIONS, SHAPES, build, combinations, draw, prompt
+
+HERE = Path(__file__).parent.parent
+ROWS = st.tuples(st.sampled_from(COLOURS), st.sampled_from(SHAPES), st.sampled_from(list(MOTIONS)))
+OPPOSITE = {
+    "moves left": "moves right",
+    "moves right": "moves left",
+    "moves up": "moves down",
+    "moves down": "moves up",
+}
+
+
+def clip(row, seed=0):
+    return torch.from_numpy(draw(*row, random.Random(seed))).float()[None]
+
+
+@settings(deadline=None, max_examples=40)
+@given(ROWS, st.integers(0, 1000))
+def test_motion_is_one_when_right_and_zero_when_opposite(row, seed):
+    x = clip(row, seed)
+    assert R.motion(x, [prompt(*row)]).item() > 0.8
+    for other in MOTIONS:
+        if other != row[2]:
+            assert R.motion(x, [prompt(*row[:2], other)]).item() < 0.1, other
+    if row[2] in OPPOSITE:  # time reversed
+        assert R.motion(x.flip(1), [prompt(*row[:2], OPPOSITE[row[2]])]).item() == 1
+
+
+def test_motion_punishes_jerks_and_flicker():
+    x, p = clip(("red", "circle", "moves right")), ["a red circle moves right"]
+    jerky = x[:, [0, 0, 4, 4, 4, 8, 8, 8, 8]]
+    flicker = (x + 0.08 * torch.randn(9, 1, 1, 1, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    assert R.motion(x, p) == 1 and R.motion(jerky, p) < 0.3 and R.motion(flicker, p) < 0.8
+    assert R.temporal(x, p) > 0.95 > R.temporal(flicker, p)
+    assert R.temporal(x[:, :1].expand(-1, 9, -1, -1, -1), p) == 1  # a frozen clip is consistent
+
+
+def test_motion_does_not_depend_on_size():
+    x, p = clip(("blue", "square", "moves up")), ["a blue square moves up"]
+    large = torch.nn.functional.interpolate(x[0], scale_factor=4, mode="bicubic").clamp(0, 1)[None]
+    assert R.motion(large, p) == 1 and R.motion(large, ["a blue square moves down"]) == 0
+
+
+def test_what_video_rewards_cannot_score():
+    with pytest.raises(R.CannotScore, match="names none"):
+        R.wanted_motion("a red circle")
+    for x in (torch.ones(1, 3, 32, 32), torch.ones(1, 1, 3, 32, 32)):
+        with pytest.raises(R.CannotScore, match="two frames"):
+            R.motion(x, ["left"])
+
+
+def test_picture_rewards_see_first_middle_and_last_frame():
+    x = torch.stack([torch.full((3, 4, 4), i / 10) for i in range(9)])[None].repeat(2, 1, 1, 1, 1)
+    seen = []
+
+    def mean(pictures, prompts):
+        seen.append(prompts)
+        return pictures.mean((1, 2, 3))
+
+    scores = R.score({"mean": mean}, x, ["a", "b"])["mean"]
+    assert scores.tolist() == pytest.approx([0.4, 0.4]) and seen == [["a", "a", "a", "b", "b", "b"]]
+
+
+def test_strips():
+    x = torch.arange(9.0).view(1, 9, 1, 1, 1).expand(1, 9, 3, 2, 2)
+    assert loop.strip(x)[0, 0, 0].tolist() == [0, 0, 4, 4, 8, 8]
+    assert loop.strip(x[0]) is not None and loop.strip(x[0]).shape == x[0].shape
+
+
+def test_heldout_combinations_are_new_and_their_parts_are_not():
+    rows, heldout = combinations(random.Random(0), 48)
+    assert len(set(rows)) == 192 and len(set(heldout)) == 48 and not set(rows) & set(heldout)
+    for part in range(3):
+        assert {r[part] for r in rows} == {r[part] for r in [*rows, *heldout]}
+    for name, wanted in (("train", rows), ("heldout", heldout)):
+        lines = (HERE / f"tiny/video_{name}.txt").read_text().splitlines()
+        assert lines == [prompt(*row) for row in wanted]
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("wan")
+    build().save_pretrained(path)
+    return path
+
+
+SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 4 --iterations 1 --steps 4 --frames 5"
+
+
+def test_a_run_leaves_videos_and_pictures(wan, tmp_path, capsys):
+    train_video.main([*SMALL.split(), "--model", str(wan), "--out", str(tmp_path / "a"), "--watch", "temporal"])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"motion_after", "colour_after", "temporal_after"} <= set(document)
+    for name in (
+        "before_after.png",
+        "before_after.mp4",
+        "before_after.gif",
+        "curves.png",
+        "tree.png",
+        "model/model_index.json",
+    ):
+        assert (tmp_path / "a" / name).stat().st_size > 500, name
+    with Image.open(tmp_path / "a/before_after.gif") as gif:
+        assert gif.n_frames == 5
+
+
+def test_played_videos_show_before_beside_after(tmp_path):
+    before, after = torch.zeros(7, 3, 3, 32, 32), torch.ones(7, 3, 3, 32, 32) * 0.5
+    report.play(before, after, ["a prompt"] * 7, tmp_path / "x")
+    with Image.open(tmp_path / "x.gif") as gif:
+        frame = np.asarray(gif.convert("RGB")).astype(int)
+    middle = frame[16 + 3 + 48]
+    assert abs(middle[20] - 0).max() < 30 and abs(middle[150] - 128).max() < 30
+    assert (
+        frame.shape[1] == 6 * (2 * 32 + 4) * 3
+    )  # six pairs, enlarged three times; the seventh makes no row of its own
+
+
+BAD = [
+    ("--frames 8", "--frames"),
+    ("--height 40", "--height"),
+    ("--reward ocr:1", "quoted text"),
+    (f"--model {HERE / 'tiny/flux'}", "is a FluxPipeline; a WanPipeline is needed"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD)
+def test_bad_input_is_one_sentence_and_exit_2(wan, capsys, tmp_path, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        train_video.main(["--model", str(wan), *flags.split(), "--out", str(tmp_path / "a")])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_image_script_refuses_video(wan, capsys, tmp_path):
+    for flags, words in ((["--model", str(wan)], "is a WanPipeline"), (["--reward", "temporal"], "two frames")):
+        with pytest.raises(SystemExit) as stop:
+            train_image.main([*flags, "--out", str(tmp_path / "a")])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
