@@ -19,11 +19,13 @@ import argparse
 import html
 import io
 import json
-import pickle
+import math
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageColor
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel, CLIPTokenizer
@@ -283,27 +284,32 @@ def locate(repository: str, file: str, folder: str | None) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def fetch_command(repository: str, file: str, folder: str | None) -> str:
-    """The command that brings a missing file to where `locate` finds it."""
-    if repository == AESTHETIC:
-        where = f"{folder or 'weights'}/{repository}/{file}"
-        fetch = f"curl -L --create-dirs -o '{where}' https://github.com/{repository}/raw/main/{file}"
-        return fetch if folder else f"{fetch}  and --reward-weights weights"
-    return f"hf download {repository} {file}" + (f" --local-dir {folder}/{repository}" if folder else "")
+def fetch_commands(name: str, missing: list[tuple[str, str]], folder: str | None) -> str:
+    """The commands that bring a reward's missing files to where `locate` finds them, one for each repository."""
+    commands = []
+    for repository in dict.fromkeys(r for r, _ in missing):
+        files = " ".join(shlex.quote(f) for r, f in missing if r == repository)
+        if repository == AESTHETIC:
+            where = shlex.quote(f"{folder or 'weights'}/{repository}/{files}")
+            commands.append(f"curl -fL --create-dirs -o {where} https://github.com/{repository}/raw/main/{files}")
+            commands += [] if folder else ["then give --reward-weights weights"]
+        else:
+            into = f" --local-dir {shlex.quote(f'{folder}/{repository}')}" if folder else ""
+            commands.append(f"hf download {repository} {files}{into}")
+    return " && ".join(commands)
 
 
 def weight_files(name: str, setup: Setup) -> list[Path]:
     """Where a reward's files are, in the order of FILES.
 
     Raises:
-        ValueError: naming the first missing file and the command that fetches it.
+        ValueError: naming the missing files and the commands that fetch them.
     """
-    found = []
-    for repository, file in FILES.get(name, ()):
-        found.append(locate(repository, file, setup.weights))
-        if found[-1] is None:
-            fetch = fetch_command(repository, file, setup.weights)
-            raise ValueError(f"the reward {name!r} lacks {file} of {repository}; fetch it: {fetch}")
+    found = [locate(repository, file, setup.weights) for repository, file in FILES.get(name, ())]
+    missing = [pair for pair, path in zip(FILES.get(name, ()), found) if path is None]
+    if missing:
+        files, fetch = ", ".join(file for _, file in missing), fetch_commands(name, missing, setup.weights)
+        raise ValueError(f"the reward {name!r} lacks {files}; fetch with: {fetch}")
     return found
 
 
@@ -317,10 +323,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("state_dict", state)
-    except (SafetensorError, RuntimeError, EOFError, OSError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged or holds no weights, fetch it again ({reason})") from error
+        state = state.get("state_dict", state)
+        if not all(isinstance(v, Tensor) for v in state.values()):
+            raise TypeError("it holds more than tensors")
+        return state
+    except MemoryError:
+        raise
+    except Exception as error:  # on garbage, the readers of pickles and archives raise nearly anything
+        raise ValueError(f"{path} is damaged or holds no weights ({type(error).__name__}): fetch it again") from error
+
+
+def tokenizer(kind, size: int, vocabulary: Path, merges: Path | None = None):
+    """A transformers tokenizer from its official files, of exactly `size` tokens.
+
+    Raises:
+        ValueError: if a file is damaged: a shorter vocabulary would score, and wrongly.
+    """
+    files = {"vocab": str(vocabulary)} | ({"merges": str(merges)} if merges else {})
+    names = " or ".join(files.values())
+    try:
+        lines = sum(1 for line in (merges or vocabulary).read_text(encoding="utf-8").splitlines() if line)
+        loaded = kind(**files)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(f"{names} is damaged ({type(error).__name__}): fetch it again") from error
+    wanted = size - 2 * 256 - 2 + 1 if merges else size  # CLIP: bytes twice, two special tokens; a line of version
+    if len(loaded) != size or lines != wanted:
+        raise ValueError(f"{names} is damaged: {len(loaded)} tokens in {lines} lines, not {size}; fetch it again")
+    return loaded
 
 
 def build(kind, config, state: dict[str, Tensor], path: Path, dtype: torch.dtype, **kwargs):
@@ -407,12 +436,15 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def square(pictures: np.ndarray, size: int) -> Tensor:
-    """CLIP's pre-processing: shorter side to `size` with Pillow's bicubic filter, centre crop; (B, H, W, 3) -> (B, 3, s, s)."""
+def square(pictures: np.ndarray, size: int, crop=round) -> Tensor:
+    """CLIP's pre-processing: shorter side to `size` with Pillow's bicubic filter, centre crop; (B, H, W, 3) -> (B, 3, s, s).
+
+    crop: how half a pixel is rounded, `round` in OpenAI's and open_clip's code, `math.floor` in transformers.
+    """
     height, width = pictures.shape[1:3]
     scale = size / min(height, width)
     h, w = (size if x == min(height, width) else int(size * x / min(height, width)) for x in (height, width))
-    top, left = round((h - size) / 2), round((w - size) / 2)
+    top, left = crop((h - size) / 2), crop((w - size) / 2)
     box = (left, top, left + size, top + size)
     resized = [Image.fromarray(p) if scale == 1 else Image.fromarray(p).resize((w, h), Image.BICUBIC) for p in pictures]
     return torch.from_numpy(np.stack([np.asarray(p.crop(box)) for p in resized])).permute(0, 3, 1, 2).float() / 255
@@ -422,7 +454,7 @@ def padded(pictures: np.ndarray, size: int) -> Tensor:
     """HPSv2's pre-processing: longer side to `size` with a bicubic filter on tensors, black bars; (B, 3, s, s)."""
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     scale = size / max(x.shape[2:])
-    h, w = (round(d * scale) for d in x.shape[2:])
+    h, w = (max(1, round(d * scale)) for d in x.shape[2:])
     if scale != 1:
         x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False)
     top, left = (size - h) // 2, (size - w) // 2
@@ -430,8 +462,9 @@ def padded(pictures: np.ndarray, size: int) -> Tensor:
 
 
 def clean(prompt: str) -> str:
-    """open_clip's cleaning of a prompt, before the tokenizer folds case and spaces."""
-    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    """What OpenAI's and open_clip's tokenizers do to a prompt first; a special token that it spells out is plain text."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip().lower()
+    return re.sub(r"<\|(startoftext|endoftext)\|>", r"<| \1 |>", text)
 
 
 class Scorer:
@@ -466,23 +499,29 @@ class Scorer:
 class PickScore(Scorer):
     """PickScore v1: exp(logit scale) x cosine in a CLIP ViT-H-14 tuned on Pick-a-Pic; [-100, 100], in practice 17 to 25.
 
-    Higher is preferred. 224 pixels, centre crop. Weights yuvalkirstain/PickScore_v1 (MIT), arXiv:2305.01569. Papers that
-    print .22 print the cosine. Hacked by: glossy, centred, over-detailed pictures.
+    Higher is preferred. 224 pixels, centre crop, pre-processed as its authors do, by transformers' rules. Weights
+    yuvalkirstain/PickScore_v1 (MIT), arXiv:2305.01569. Papers that print .22 print the cosine. Hacked by: glossy, centred,
+    over-detailed pictures.
     """
 
-    name, preprocess = "pickscore", staticmethod(square)
+    name = "pickscore"
+    preprocess, clean = staticmethod(partial(square, crop=math.floor)), staticmethod(str)
 
     def __init__(self, setup: Setup):
         self.setup, self.files = setup, weight_files(self.name, setup)
         config, state = self.read()
         self.model = build(CLIPModel, config, state, self.files[0], setup.dtype)
         self.models, self.scale = [self.model], state["logit_scale"].float().exp()
-        self.tokenizer = CLIPTokenizer.from_pretrained(self.files[1].parent)
+        at = {file: path for (_, file), path in zip(FILES[self.name], self.files)}
+        self.tokenizer = tokenizer(CLIPTokenizer, config.text_config.vocab_size, at["vocab.json"], at["merges.txt"])
 
     def read(self) -> tuple[CLIPConfig, dict[str, Tensor]]:
         """Config and weights of a CLIP in transformers' own format."""
         state = {k: v for k, v in read_weights(self.files[0]).items() if not k.endswith("position_ids")}
-        return CLIPConfig.from_json_file(self.files[1]), state
+        try:
+            return CLIPConfig.from_json_file(self.files[1]), state
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.files[1]} is damaged: fetch it again") from error
 
     def image_features(self, pictures: np.ndarray) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, C) of length 1, float32."""
@@ -493,7 +532,7 @@ class PickScore(Scorer):
         """(B, C) of length 1, float32; equal prompts are encoded once."""
         distinct = list(dict.fromkeys(prompts))
         length = self.model.config.text_config.max_position_embeddings
-        ids = self.tokenizer([clean(p) for p in distinct], padding=True, truncation=True, max_length=length)
+        ids = self.tokenizer([self.clean(p) for p in distinct], padding=True, truncation=True, max_length=length)
         ids = torch.tensor(ids["input_ids"], device=self.setup.device)
         features = F.normalize(self.model.get_text_features(ids).pooler_output.float(), dim=-1)
         return features[[distinct.index(p) for p in prompts]]
@@ -511,9 +550,10 @@ class ClipScore(PickScore):
     """
 
     name = "clip"
+    preprocess, clean = staticmethod(square), staticmethod(clean)
 
 
-class Hpsv2(PickScore):
+class Hpsv2(ClipScore):
     """HPS v2.1: cosine of picture and prompt in a CLIP ViT-H-14 tuned on human preferences; [-1, 1], in practice .15 to .40.
 
     Higher is preferred. 224 pixels, the longer side fitted, black bars. Weights xswu/HPSv2 (Apache-2.0), arXiv:2306.09341.
@@ -531,7 +571,7 @@ class Hpsv2(PickScore):
         return VIT_H, from_open_clip(read_weights(self.files[0]))
 
 
-class Aesthetic(PickScore):
+class Aesthetic(ClipScore):
     """LAION's aesthetic predictor: a linear head on CLIP ViT-L/14's picture features; about 1 to 10, in practice 4 to 7.
 
     Higher is prettier; the prompt does not count. 224 pixels, centre crop. Head: improved-aesthetic-predictor (Apache-2.0).
@@ -599,7 +639,7 @@ class ImageReward(Scorer):
         self.text = build(BlipTextModel, BLIP_TEXT, towers["text"], path, setup.dtype, add_pooling_layer=False)
         self.head = linear_head(towers["mlp"], path, BLIP_TEXT.hidden_size)
         self.models, self.setup = [self.vision, self.text, self.head], setup
-        self.tokenizer = BertTokenizer(str(vocabulary))
+        self.tokenizer = tokenizer(BertTokenizer, BLIP_TEXT.vocab_size - 2, vocabulary)  # the two: BLIP's [DEC], [ENC]
 
     def scores(self, pictures: np.ndarray, prompts: list[str]) -> Tensor:
         """(B,) scores."""
@@ -734,14 +774,18 @@ def read_picture(path: str) -> Tensor:
     """(1, 3, H, W) in [0, 1]; grey, palette and transparent pictures become RGB as Pillow converts them.
 
     Raises:
-        ValueError: if the file is no picture.
+        ValueError: if the file is no picture, or one of whole or floating-point numbers without a known range.
     """
     try:
         with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except OSError as error:
+            if picture.mode in ("I", "F"):
+                raise ValueError(f"{path} has mode {picture.mode}, of no known range: save it with 8 or 16 bits")
+            if picture.mode.startswith("I;16"):
+                picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+            pixels = np.array(picture.convert("RGB"))
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
 def list_rewards(o) -> dict:
@@ -752,8 +796,8 @@ def list_rewards(o) -> dict:
             weight_files(name, Setup(o.reward_weights))
             state[name] = "ready"
         except ValueError as error:
-            state[name] = str(error).partition(" lacks ")[2]
-        print(f"{name:<12} {'ready' if state[name] == 'ready' else 'missing: ' + state[name]}")
+            state[name] = "missing: " + str(error).partition(" lacks ")[2]
+        print(f"{name:<12} {state[name]}")
     return state
 
 
@@ -766,7 +810,11 @@ def score_files(o) -> dict:
     if len(o.prompt) not in (1, len(o.pictures)):
         raise ValueError(f"--prompt: give one, or one a picture ({len(o.pictures)}), not {len(o.prompt)}")
     prompts = o.prompt * (len(o.pictures) // len(o.prompt))
+    if not parse_weights(o.reward) or any(re.search("[\ud800-\udfff]", p) for p in prompts):
+        raise ValueError("--reward must name a reward" if not o.reward.strip(", ") else "--prompt is not UTF-8 text")
     pictures = [read_picture(path) for path in o.pictures]
+    if o.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU was found")
     device = o.device if o.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     setup = Setup(o.reward_weights, device, torch.bfloat16 if o.dtype == "bf16" else torch.float32)
     rewards, _ = load_rewards(o.reward, "", prompts, pictures[0], setup)

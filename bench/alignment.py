@@ -53,10 +53,20 @@ def run(folder: Path, flags: list[str]) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def curve(rows: list[dict]) -> dict[str, list[float]]:
+def seconds_an_iteration(arms: list[str], tuned: dict, o, rounds: int = 3) -> dict[str, float]:
+    """Policy seconds (rollout and training) an iteration of each arm alone, over a whole sweep of its window; median of rounds."""
+    seconds = {arm: [] for arm in arms}
+    for i in range(rounds):
+        for arm in arms:
+            flags = [*ARMS[arm].split(), *flags_of(tuned[arm]["setting"]), *o.shared, "--eval-size", "8"]
+            rows = run(o.out / f"time/{arm}-{i}".replace(" ", "_"), [*flags, "--iterations", "9"])
+            seconds[arm].append(np.mean([row["seconds_rollout"] + row["seconds_train"] for row in rows[2:]]))
+    return {arm: float(np.median(values)) for arm, values in seconds.items()}
+
+
+def curve(rows: list[dict], an_iteration: float = 0.0) -> dict[str, list[float]]:
     """Held-out reward, exact match and colour against cumulated policy seconds, model evaluations and updates."""
     out = {k: [] for k in ("iteration", "seconds", "nfe", "reward", "exact", "ocr", "colour")}
-    an_iteration = float(np.median([row["seconds_rollout"] + row["seconds_train"] for row in rows[1:]]))
     nfe = 0
     for row in rows:
         nfe += row.get("nfe", 0)
@@ -145,11 +155,12 @@ def main() -> None:
             flags += ["--seed", str(seed), "--iterations", str(o.iterations), "--eval-every", "5"]
             rows = run(o.out / f"{arm}-{seed}".replace(" ", "_"), flags)
             bar.update()
-            return curve(rows)
+            return rows
 
         tasks = [(seed, arm) for seed in range(1, o.seeds + 1) for arm in arms]
-        curves = list(pool.map(final, tasks))
-    results = {arm: [c for (_, a), c in zip(tasks, curves) if a == arm] for arm in arms}
+        runs = list(pool.map(final, tasks))
+    alone = seconds_an_iteration(arms, tuned, o)
+    results = {arm: [curve(rows, alone[arm]) for (_, a), rows in zip(tasks, runs) if a == arm] for arm in arms}
     table = compare(results, list(range(o.seeds)))
     print(
         f"{'arm':<30} {'steps, eta, lr':>22} {'reward':>8} {'exact':>7} {'s/update':>9} {'share of Dance seconds':>24}"

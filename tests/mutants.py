@@ -90,8 +90,8 @@ MUTANTS = [
     ("policies", "(part * std + mean)", "((part + mean) * std)"),
     ("policies", "z / vae.config.scaling_factor + vae.config.shift_factor", "z / vae.config.scaling_factor"),
     ("rewards", "scale = size / max(x.shape[2:])", "scale = size / min(x.shape[2:])"),
-    ("rewards", "top, left = round((h - size) / 2)", "top, left = (h - size)"),
-    ("rewards", "return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()", "return prompt"),
+    ("rewards", "crop((h - size) / 2), crop((w - size) / 2)", "crop((h - size) / 2), crop((h - size) / 2)"),
+    ("rewards", "text = html.unescape(html.unescape(ftfy.fix_text(prompt)))", "text = ftfy.fix_text(prompt)"),
     (
         "rewards",
         "(self.head(hidden[:, 0].float())[:, 0] - self.MEAN)",

@@ -229,6 +229,8 @@ BAD = [
     ("--leaves 4096", "do not fit"),
     ("--reward beauty", "no reward 'beauty'"),
     ("--reward ocr:0", "other than 0"),
+    ("--reward hpsv2", "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"),
+    ("--watch aesthetic", "hf download openai/clip-vit-large-patch14"),
     ("--height 64 --width 32", "taller than wide"),
     ("--height 33", "multiple of 16"),
     ("--model nowhere/at-all", "--model nowhere/at-all"),

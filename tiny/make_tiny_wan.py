@@ -238,7 +238,7 @@ def main() -> None:
     """Make prompts, autoencoder, transformer and card; the same seed and versions give the same model."""
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "wan", help="folder of the pipeline; prompts go beside it")
-    parser.add_argument("--vae-steps", type=int, default=1200, help="of 8 clips; 15 minutes on one core")
+    parser.add_argument("--vae-steps", type=int, default=2600, help="of 8 clips; 20 to 30 minutes on one core")
     parser.add_argument(
         "--stop-at", type=float, default=0.5, help="share of clips that move right, which ends pre-training"
     )

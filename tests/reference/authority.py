@@ -5,7 +5,8 @@
     python tests/reference/authority.py --manifest       # rewrites manifest.json from the packages' full-size models
 
 hpsv2 and ImageReward run their own `score`. PickScore, CLIP and the aesthetic predictor run on open_clip's towers, whose
-weights are renamed here, from transformers' names, by a table of this file.
+weights are renamed here, from transformers' names, by a table of this file; PickScore with its authors' pre-processing, that of
+transformers' CLIPProcessor.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU the packages compute in half precision
 import torch
 
 warnings.filterwarnings("ignore")
@@ -169,6 +171,7 @@ def scores(folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
     from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transform import image_transform
     from safetensors.torch import load_file
+    from transformers import CLIPImageProcessor, CLIPTokenizerFast
 
     small = weights.write(folder)
     both = [(x, p) for p in weights.PROMPTS for x in weights.pictures()]
@@ -195,12 +198,21 @@ def scores(folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
 
     bpe = SimpleTokenizer(str(folder / "bpe.txt.gz"))
     preprocess = image_transform(224, is_train=False)
+    files = (str(folder / weights.TOKENS[1] / f) for f in ("vocab.json", "merges.txt"))
+    theirs, pixels = CLIPTokenizerFast(*files), CLIPImageProcessor()
+    length = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
     for name in ("pickscore", "clip"):
         model = open_clip_model(load_file(folder / weights.FILES[name]), small[name])
 
-        def cosines(model=model):
-            pairs = ((preprocess(x)[None], bpe([p])) for x, p in both)
-            features = ((model.encode_image(x, True), model.encode_text(p, True)) for x, p in pairs)
+        def inputs(x, p, name=name):
+            if name == "clip":
+                return preprocess(x)[None], bpe([p])
+            return pixels(x, return_tensors="pt").pixel_values, theirs([p], **length).input_ids
+
+        def cosines(model=model, inputs=inputs):
+            features = (
+                (model.encode_image(x, True), model.encode_text(p, True)) for x, p in (inputs(*b) for b in both)
+            )
             return [float(model.logit_scale.exp() * (image * text).sum()) for image, text in features]
 
         timed(name, cosines)
@@ -226,11 +238,9 @@ def full_scores(folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]
     seconds = {"hpsv2": (time.perf_counter() - began) / 3}
     del model
     weights.write_full(folder, "imagereward", bpe, 1)
-    vocabulary = weights.bert_tokenizer(folder)
     os.chdir(folder / "google-bert")
     (folder / "med_config.json").write_text(json.dumps(MED))
     model = package.load(str(folder / weights.FILES["imagereward"]), med_config=str(folder / "med_config.json"))
-    assert vocabulary <= MED["vocab_size"]
     began = time.perf_counter()
     out["imagereward"] = [model.score(p, x) for x, p in zip(pictures, prompts)]
     return out, seconds | {"imagereward": (time.perf_counter() - began) / 3}

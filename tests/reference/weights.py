@@ -44,6 +44,7 @@ PROMPTS = [
     "1234567890 !?.,;:-()[]{}",
     "very long " * 60,
     "an owl's eyes, they're 100% golden",
+    "\u039f\u0394\u039f\u03a3 R&amp;B <|endoftext|> a red cat",
 ]
 SIZES = [(224, 224), (64, 32), (333, 250), (250, 333), (512, 512), (97, 301), (225, 224), (48, 48)]  # width, height
 
@@ -125,12 +126,13 @@ def write_clip_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> int:
     return len(tokens)
 
 
-def bert_tokenizer(folder: Path) -> int:
-    """A small WordPiece vocabulary in BERT's layout; returns its size with the two tokens that ImageReward adds."""
+def bert_tokenizer(folder: Path, size: int = 0) -> int:
+    """A small WordPiece vocabulary in BERT's layout, filled up to `size`; its size with the two tokens that ImageReward adds."""
     letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()] + list("\u4e00\u53ea\u7ea2\u8272\u7684\u732b")
     letters += [chr(c) for c in range(0x430, 0x450)]
     words = ["cat", "photograph", "astronaut", "horse", "highly", "detail", "very", "long", "golden", "owl"]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters), *words, "##ed"]
+    tokens += [f"[unused{i}]" for i in range(size - len(tokens))]
     (folder / BERT).mkdir(parents=True, exist_ok=True)
     (folder / BERT / "vocab.txt").write_text("\n".join(tokens) + "\n")
     return len(tokens) + 2
@@ -188,7 +190,7 @@ def save(folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
 def write_full(folder: Path, name: str, bpe: Path, seed: int = 0) -> None:
     """The same of one reward at full size, with CLIP's own vocabulary (bpe: open_clip's copy of it)."""
     save(folder, name, values(official(name), seed))
-    bert_tokenizer(folder)
+    bert_tokenizer(folder, 30522)
     with gzip.open(bpe, "rt") as f:
         write_clip_tokenizer(folder, [tuple(line.split()) for line in f.read().split("\n")[1 : 49152 - 256 - 2 + 1]])
 
