@@ -132,7 +132,7 @@ def curves(history: list[dict], path: Path) -> None:
     )
     axes[3].set(title="seconds an iteration", xlabel="iteration")
     for ax in axes:
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, framealpha=0.8)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
