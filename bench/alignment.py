@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=60, help="updates of every arm")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), help="DanceGRPO is always run")
-    parser.add_argument("--flags", default="--leaves 8 --prompts-per-iteration 8", help="shared by all arms")
+    parser.add_argument("--flags", default="--leaves 8 --prompts-per-iteration 8 --lr-end 1", help="of all arms")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/alignment", help="where the runs are kept")
     o = parser.parse_args()
     o.shared, o.out = o.flags.split(), o.out.resolve()
