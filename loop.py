@@ -151,10 +151,7 @@ def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
 
 def strip(pictures: Tensor, n: int = 3) -> Tensor:
     """Videos (B, F, 3, H, W) as n of their frames side by side, (B, 3, H, n W); pictures (B, 3, H, W) as they are."""
-    if pictures.ndim == 4:
-        return pictures
-    frames = pictures[:, torch.linspace(0, pictures.shape[1] - 1, n).round().long()]
-    return frames.permute(0, 2, 3, 1, 4).flatten(3)
+    return pictures if pictures.ndim == 4 else R.sampled_frames(pictures, n).permute(0, 2, 3, 1, 4).flatten(3)
 
 
 def stopwatch(device: torch.device):

@@ -10,9 +10,10 @@
 5. motion, temporal  of videos (B, F, 3, H, W): optical flow against the prompt's direction; warping and flicker     [0, 1]
 
 `python rewards.py list` says which are ready, `python rewards.py score --reward hpsv2 PICTURE --prompt TEXT` scores. That 4
-equals the official packages is proven by `make reference`, in an environment of their own. Several at once, weighted and summed: `--reward ocr:1,jpeg:0.1`. OCR cannot see colour, so a policy trained on it alone
-drifts from red to purple and from black to brown: watch a second reward. To add one, write a function and name it in
-REWARDS; where it cannot score some prompts, name in CHECKS what raises CannotScore on them.
+equals the official packages is proven by `make reference`, in an environment of their own. Several at once, weighted and
+summed: `--reward ocr:1,jpeg:0.1`. OCR cannot see colour, so a policy trained on it alone drifts from red to purple and from
+black to brown: watch a second reward. To add one, write a function and name it in REWARDS; where it cannot score some prompts,
+name in CHECKS what raises CannotScore on them.
 """
 
 import argparse
@@ -52,6 +53,11 @@ class CannotScore(ValueError):
 def to_uint8(pictures: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, rounded: what a saved picture would hold."""
     return (pictures.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def sampled_frames(videos: Tensor, n: int = 3) -> Tensor:
+    """(B, F, 3, H, W) -> n of the frames, evenly spread, the first and the last among them: (B, n, 3, H, W)."""
+    return videos[:, torch.linspace(0, videos.shape[1] - 1, n).round().long()]
 
 
 # ----------------------------------------------------------------------------------------------------------------- ocr
@@ -442,11 +448,11 @@ def square(pictures: np.ndarray, size: int, crop=round) -> Tensor:
     crop: how half a pixel is rounded, `round` in OpenAI's and open_clip's code, `math.floor` in transformers.
     """
     height, width = pictures.shape[1:3]
-    scale = size / min(height, width)
-    h, w = (size if x == min(height, width) else int(size * x / min(height, width)) for x in (height, width))
+    short = min(height, width)
+    h, w = (size if x == short else int(size * x / short) for x in (height, width))
     top, left = crop((h - size) / 2), crop((w - size) / 2)
     box = (left, top, left + size, top + size)
-    resized = [Image.fromarray(p) if scale == 1 else Image.fromarray(p).resize((w, h), Image.BICUBIC) for p in pictures]
+    resized = [Image.fromarray(p).resize((w, h), Image.BICUBIC) for p in pictures]  # a copy where nothing changes
     return torch.from_numpy(np.stack([np.asarray(p.crop(box)) for p in resized])).permute(0, 3, 1, 2).float() / 255
 
 
@@ -594,9 +600,8 @@ class Aesthetic(ClipScore):
 # ---------------------------------------------------------------------------------------------------------- imagereward
 VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 BLIP_VISION = BlipVisionConfig(**VIT_L, image_size=224, patch_size=16, layer_norm_eps=1e-6)
-BLIP_TEXT = BlipTextConfig(
-    vocab_size=30524, encoder_hidden_size=1024, num_attention_heads=12
-)  # BERT-base, looks at BLIP_VISION
+# BERT-base, which looks at BLIP_VISION's output.
+BLIP_TEXT = BlipTextConfig(vocab_size=30524, encoder_hidden_size=1024, num_attention_heads=12)
 BLIP = {  # ImageReward's names -> transformers'
     r"^blip\.visual_encoder\.(.*)": r"vision.\1",
     r"^blip\.text_encoder\.(.*)": r"text.\1",
@@ -623,12 +628,7 @@ class ImageReward(Scorer):
     def __init__(self, setup: Setup):
         path, vocabulary = weight_files("imagereward", setup)
         state = renamed(read_weights(path), BLIP)
-        towers = {
-            "vision": {},
-            "text": {},
-            "mlp": {},
-            "blip": {},
-        }  # blip: projections of BLIP's own pre-training, unused
+        towers = {name: {} for name in ("vision", "text", "mlp", "blip")}  # blip: of its own pre-training, unused
         for key, value in state.items():
             tower, _, rest = key.partition(".")
             if tower not in towers:
@@ -674,10 +674,8 @@ CHECKS: dict[str, Callable[[str], object]] = {  # raise on a prompt
     "colour": wanted_colour,
     "motion": wanted_motion,
 }
-VIDEO = (
-    "motion",
-    "temporal",
-)  # take (B, F, 3, H, W); of a video, all others see the first, the middle and the last frame
+# Those that take (B, F, 3, H, W); of a video, all others see the first, the middle and the last frame.
+VIDEO = ("motion", "temporal")
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -728,7 +726,8 @@ def load_rewards(
         name -> reward, the optimised first; and name -> weight of the optimised ones.
 
     Raises:
-        ValueError: for an unknown reward or a missing or damaged weights file; CannotScore, a kind of it, for a prompt or a size that one cannot score.
+        ValueError: for an unknown reward or a missing or damaged weights file; CannotScore, a kind of it, for a prompt or a
+            size that one cannot score.
     """
     weights = parse_weights(reward)
     seen = [n for n in CHECKS if blank.ndim == 5 or n not in VIDEO]
@@ -753,9 +752,8 @@ def score(rewards: dict[str, Reward], pictures: Tensor, prompts: list[str]) -> d
     scores = {}
     for name, reward in rewards.items():
         if pictures.ndim == 5 and name not in VIDEO:
-            frames = pictures[:, torch.linspace(0, pictures.shape[1] - 1, 3).round().long()]  # (B, 3, 3, H, W)
             each = [prompt for prompt in prompts for _ in range(3)]
-            scores[name] = reward(frames.flatten(0, 1), each).float().view(-1, 3).mean(1)
+            scores[name] = reward(sampled_frames(pictures).flatten(0, 1), each).float().view(-1, 3).mean(1)
         else:
             scores[name] = reward(pictures, prompts).float()
     for name, values in scores.items():
@@ -810,8 +808,10 @@ def score_files(o) -> dict:
     if len(o.prompt) not in (1, len(o.pictures)):
         raise ValueError(f"--prompt: give one, or one a picture ({len(o.pictures)}), not {len(o.prompt)}")
     prompts = o.prompt * (len(o.pictures) // len(o.prompt))
-    if not parse_weights(o.reward) or any(re.search("[\ud800-\udfff]", p) for p in prompts):
-        raise ValueError("--reward must name a reward" if not o.reward.strip(", ") else "--prompt is not UTF-8 text")
+    if not parse_weights(o.reward):
+        raise ValueError("--reward must name a reward")
+    if any(re.search("[\ud800-\udfff]", p) for p in prompts):
+        raise ValueError("--prompt is not UTF-8 text")
     pictures = [read_picture(path) for path in o.pictures]
     if o.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU was found")

@@ -163,6 +163,15 @@ def build() -> FluxPipeline:
     )
 
 
+def descend(loss: torch.Tensor, module: torch.nn.Module, optimizer, schedule) -> None:
+    """One step of the optimiser and of its schedule, the gradient clipped to norm 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def train_vae(vae: AutoencoderKL, words: Words, steps: int) -> None:
     """Fit the autoencoder, then set its scaling and shift so that latents have mean 0 and std 1, as FLUX.1-dev does."""
     vae.train().to(memory_format=torch.channels_last)
@@ -174,11 +183,7 @@ def train_vae(vae: AutoencoderKL, words: Words, steps: int) -> None:
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
         loss = F.mse_loss(y, x) + 0.2 * F.l1_loss(y, x) + 1e-6 * posterior.kl().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, vae, optimizer, schedule)
         bar.set_postfix(loss=f"{loss.item():.4f}")
     vae.eval()
     with torch.no_grad():
@@ -230,11 +235,7 @@ def train_flow(pipe: FluxPipeline, words: Words, stop_at: float, seed: int) -> N
     exact, bar = 0.0, tqdm(itertools.count(1), desc="flow", file=sys.stderr)
     for step in bar:
         loss = flow_loss(pipe, *words.batch(64), generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, modules, optimizer, schedule)
         ema.step(modules.parameters())
         if step % 25 == 0:
             ema.store(modules.parameters())

@@ -37,14 +37,14 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from rewards import motion  # noqa: E402
+from tiny.make_tiny_flux import COLOURS, SHIFT, descend  # noqa: E402
 
-COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "teal")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 MOTIONS = {
     "moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1), "stays still": (0, 0),
 }  # fmt: skip
 FRAMES, SIZE, RADIUS, STEP = 9, 32, 5.5, 1.5  # pixels, and pixels a frame
-SHIFT, TEXT_LENGTH = 3.0, 40
+TEXT_LENGTH = 40
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -137,11 +137,7 @@ def train_vae(vae: AutoencoderKLWan, rows: list[tuple], rng: random.Random, step
         error = (decode_unclamped(vae, posterior.mean) - x).abs()
         ink = 1 + 9 * (x.amin(1, keepdim=True) < 0.9)  # a tenth of the pixels, and all that matters
         loss = (ink * (error**2 + 0.2 * error)).mean() + 1e-6 * posterior.kl().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, vae, optimizer, schedule)
         bar.set_postfix(loss=f"{loss.item():.4f}")
     vae.eval()
     with torch.no_grad():
@@ -199,11 +195,7 @@ def train_flow(pipe: WanPipeline, rows: list[tuple], rng: random.Random, stop_at
         chosen = rng.sample(range(len(texts)), 64)
         prompts = ["" if rng.random() < 0.1 else texts[i] for i in chosen]
         loss = flow_loss(pipe, prompts, latents[chosen], generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, modules, optimizer, schedule)
         ema.step(modules.parameters())
         if step % 50 == 0:
             ema.store(modules.parameters())
