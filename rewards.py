@@ -199,7 +199,8 @@ def optical_flow(video: Tensor) -> tuple[np.ndarray, np.ndarray]:
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in to_uint8(video)]
     window = max(9, min(grey[0].shape) // 4)  # of a whole object, or its flat inside hides the motion
     flow = [cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, window, 3, 5, 1.1, 0) for a, b in pairwise(grey)]
-    return np.stack(grey), np.stack(flow)
+    moved = [not np.array_equal(a, b) for a, b in pairwise(grey)]  # between equal frames Farneback invents motion
+    return np.stack(grey), np.stack([f * m for f, m in zip(flow, moved)])
 
 
 def still_change(grey: np.ndarray, speed: np.ndarray, slow: float) -> float:
