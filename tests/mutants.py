@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {"sde": "test_sde", "tree": "test_tree", "branchgrpo": "test_branchgrpo", "schedules": "test_schedules"}
-TESTS |= {"policies": "test_policies", "rewards": "test_preference"}
+TESTS |= {"policies": "test_policies", "preference": "test_preference"}
 FUSE = "return (beta * path_logp.double()).unflatten(1, (nodes, -1)).softmax(-1)"
 CENTRE = "centred = rewards.double() - rewards.double().mean(1, keepdim=True)"
 DROPPED = "set(range(max(start, forest.last_split + 1), start + width))"
@@ -89,16 +89,16 @@ MUTANTS = [
     ("policies", "return without + self.guidance * (", "return with_prompt + self.guidance * ("),
     ("policies", "(part * std + mean)", "((part + mean) * std)"),
     ("policies", "z / vae.config.scaling_factor + vae.config.shift_factor", "z / vae.config.scaling_factor"),
-    ("rewards", "scale = size / max(x.shape[2:])", "scale = size / min(x.shape[2:])"),
-    ("rewards", "crop((h - size) / 2), crop((w - size) / 2)", "crop((h - size) / 2), crop((h - size) / 2)"),
-    ("rewards", "text = html.unescape(html.unescape(ftfy.fix_text(prompt)))", "text = ftfy.fix_text(prompt)"),
+    ("preference", "scale = size / max(x.shape[2:])", "scale = size / min(x.shape[2:])"),
+    ("preference", "crop((h - size) / 2), crop((w - size) / 2)", "crop((h - size) / 2), crop((h - size) / 2)"),
+    ("preference", "text = html.unescape(html.unescape(ftfy.fix_text(prompt)))", "text = ftfy.fix_text(prompt)"),
     (
-        "rewards",
+        "preference",
         "(self.head(hidden[:, 0].float())[:, 0] - self.MEAN)",
         "(self.head(hidden[:, -1].float())[:, 0] - self.MEAN)",
     ),
-    ("rewards", 'parts = zip("qkv", value.chunk(3))', 'parts = zip("kqv", value.chunk(3))'),
-    ("rewards", "return self.scale * (self.image", "return (self.image"),
+    ("preference", 'parts = zip("qkv", value.chunk(3))', 'parts = zip("kqv", value.chunk(3))'),
+    ("preference", "return self.scale * (self.image", "return (self.image"),
 ]
 
 

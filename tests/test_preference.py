@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel
 
+import preference as P
 import rewards as R
 
 HERE = Path(__file__).parent
@@ -36,13 +37,13 @@ def folder(tmp_path_factory):
     weights.write(path)
     with pytest.MonkeyPatch.context() as patch:
         compare.reduce_architectures(path, patch.setattr)
-        patch.setattr(R, "try_to_load_from_cache", lambda *_: None)  # whatever this machine's cache holds
+        patch.setattr(P, "try_to_load_from_cache", lambda *_: None)  # whatever this machine's cache holds
         yield path
 
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return {name: R.REWARDS[name](R.Setup(str(folder), batch=4)) for name in NAMES}
+    return {name: R.REWARDS[name](P.Setup(str(folder), batch=4)) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,25 +67,25 @@ def test_a_batch_equals_one_by_one_in_order(loaded, name):
 def test_half_precision_is_close(folder, loaded, name):
     x, prompts = torch.rand(6, 3, 40, 50, generator=torch.Generator().manual_seed(0)), weights.PROMPTS[:6]
     full = loaded[name](x, prompts)
-    half = R.REWARDS[name](R.Setup(str(folder), dtype=torch.bfloat16))
+    half = R.REWARDS[name](P.Setup(str(folder), dtype=torch.bfloat16))
     assert 0 < (half(x, prompts) - full).abs().max() < 0.05 * (full.max() - full.min())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_parts_go_to_the_device_and_back(folder, name):
     """Nothing stays behind: on the meta device, which computes nothing, the scores come out on it (ImageReward needs values)."""
-    reward = R.REWARDS[name](R.Setup(str(folder)))
+    reward = R.REWARDS[name](P.Setup(str(folder)))
     modules = [m for m in vars(reward).values() if isinstance(m, torch.nn.Module)]
     assert {id(m) for m in modules} == {id(m) for m in reward.models}
     if name != "imagereward":
-        reward.setup = R.Setup(device="meta")
+        reward.setup = P.Setup(device="meta")
         for model in reward.models:
             model.to("meta")
         assert reward.scores(np.zeros((2, 40, 50, 3), np.uint8), ["a", "b"]).device.type == "meta"
     moved = []
     for model in reward.models:
         model.to = lambda device, moved=moved: moved.append(device)
-    reward.setup, reward.scores = R.Setup(device="X", offload=True), lambda pictures, prompts: torch.zeros(len(prompts))
+    reward.setup, reward.scores = P.Setup(device="X", offload=True), lambda pictures, prompts: torch.zeros(len(prompts))
     reward(torch.zeros(1, 3, 32, 32), ["a"])
     assert moved == ["X"] * len(reward.models) + ["cpu"] * len(reward.models)
 
@@ -120,11 +121,11 @@ def test_extreme_shapes_are_scored(loaded, size):
         assert reward(torch.rand(1, 3, *size), ["a"]).isfinite().all()
 
 
-ENTRIES = [(name, *pair) for name in NAMES for pair in R.FILES[name]]
+ENTRIES = [(name, *pair) for name in NAMES for pair in P.FILES[name]]
 
 
 def copy(folder, tmp_path, name):
-    for sub in {r for r, _ in R.FILES[name]}:
+    for sub in {r for r, _ in P.FILES[name]}:
         shutil.copytree(folder / sub, tmp_path / sub)
 
 
@@ -133,8 +134,8 @@ def test_a_missing_file_is_named_with_the_command_that_fetches_it(folder, tmp_pa
     copy(folder, tmp_path, name)
     (tmp_path / repository / file).unlink()
     with pytest.raises(ValueError) as error:
-        R.load_rewards(name, "", ["a cat"], torch.ones(1, 3, 32, 32), R.Setup(str(tmp_path)))
-    fetch = "curl -fL --create-dirs -o" if repository == R.AESTHETIC else f"hf download {repository} {file} --local-dir"
+        R.load_rewards(name, "", ["a cat"], torch.ones(1, 3, 32, 32), P.Setup(str(tmp_path)))
+    fetch = "curl -fL --create-dirs -o" if repository == P.AESTHETIC else f"hf download {repository} {file} --local-dir"
     assert f"lacks {file}; fetch with: {fetch} {tmp_path}/{repository}" in str(error.value)
 
 
@@ -142,17 +143,17 @@ def test_all_missing_files_are_fetched_by_one_line():
     with pytest.raises(
         ValueError, match="hf download .*large-patch14 model.safetensors config.json vocab.json merges.txt && curl"
     ):
-        R.weight_files("aesthetic", R.Setup())
+        P.weight_files("aesthetic", P.Setup())
 
 
 def test_files_may_lie_in_the_folder_and_in_the_cache(folder, tmp_path, monkeypatch, loaded):
     """Weights in one, vocabulary in the other: each is taken from where it is."""
     copy(folder, tmp_path, "pickscore")
     for file in ("vocab.json", "merges.txt"):
-        (tmp_path / R.PICK / file).unlink()
-    monkeypatch.setattr(R, "try_to_load_from_cache", lambda repository, file: str(folder / repository / file))
+        (tmp_path / P.PICK / file).unlink()
+    monkeypatch.setattr(P, "try_to_load_from_cache", lambda repository, file: str(folder / repository / file))
     x = torch.rand(3, 3, 32, 32)
-    reward = R.PickScore(R.Setup(str(tmp_path)))
+    reward = P.PickScore(P.Setup(str(tmp_path)))
     torch.testing.assert_close(reward(x, weights.PROMPTS[:3]), loaded["pickscore"](x, weights.PROMPTS[:3]))
 
 
@@ -164,7 +165,7 @@ def test_a_damaged_file_is_one_sentence_that_names_it(folder, tmp_path, name, re
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "page": b"<html>404</html>"}[fault])
     with pytest.raises(ValueError) as error:
-        R.REWARDS[name](R.Setup(str(tmp_path)))
+        R.REWARDS[name](P.Setup(str(tmp_path)))
     assert str(path) in str(error.value) and "fetch it again" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -173,7 +174,7 @@ def test_a_damaged_file_is_one_sentence_that_names_it(folder, tmp_path, name, re
 def test_wrong_weights_are_one_sentence(folder, tmp_path, name, fault):
     copy(folder, tmp_path, name)
     path = tmp_path / weights.FILES[name]
-    state = R.read_weights(path)
+    state = P.read_weights(path)
     key = next(k for k in state if k.endswith(("ln_pre.weight", "pre_layrnorm.weight", "layers.2.weight")))
     if fault == "missing":
         del state[key]
@@ -184,7 +185,7 @@ def test_wrong_weights_are_one_sentence(folder, tmp_path, name, fault):
     else:
         torch.save({"list": [1], "number": {"state_dict": {"a": 1}}}.get(fault, state), path)
     with pytest.raises(ValueError) as error:
-        R.REWARDS[name](R.Setup(str(tmp_path)))
+        R.REWARDS[name](P.Setup(str(tmp_path)))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -200,9 +201,9 @@ def test_the_official_checkpoints_fit_the_official_architectures(monkeypatch):
 
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("official_rewards", R.__file__)
+    spec = importlib.util.spec_from_file_location("official_preference", P.__file__)
     official = importlib.util.module_from_spec(spec)
-    sys.modules["official_rewards"] = official
+    sys.modules["official_preference"] = official
     spec.loader.exec_module(official)  # the module as it stands, without the reduced architectures
     with torch.device("meta"):
         vit_h, vision = CLIPModel(official.VIT_H), BlipVisionModel(official.BLIP_VISION)

@@ -20,15 +20,16 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 import weights  # noqa: E402
 
+import preference as P  # noqa: E402
 import rewards as R  # noqa: E402
 
 
 def reduce_architectures(folder: Path, patch=setattr) -> None:
     """Give rewards.py the reduced architectures where it holds the official ones."""
     small = weights.configs(weights.clip_tokenizer(folder), weights.bert_tokenizer(folder))
-    patch(R, "VIT_H", CLIPConfig(**small["hpsv2"]))
-    patch(R, "BLIP_VISION", BlipVisionConfig(**small["blip_vision"]))
-    patch(R, "BLIP_TEXT", BlipTextConfig(**small["blip_text"]))
+    patch(P, "VIT_H", CLIPConfig(**small["hpsv2"]))
+    patch(P, "BLIP_VISION", BlipVisionConfig(**small["blip_vision"]))
+    patch(P, "BLIP_TEXT", BlipTextConfig(**small["blip_text"]))
 
 
 def tensors() -> list[torch.Tensor]:
@@ -52,7 +53,7 @@ def seconds_a_picture(reward, batch: int, n: int = 64) -> float:
     return (time.perf_counter() - began) / n
 
 
-def full(name: str, setup: R.Setup) -> tuple[list[float], dict]:
+def full(name: str, setup: P.Setup) -> tuple[list[float], dict]:
     """Scores of three pictures at full size, with what loading and scoring cost."""
     began = time.perf_counter()
     reward = R.REWARDS[name](setup)
@@ -67,7 +68,7 @@ def main() -> None:
     """Compare every reward that the authority scored."""
     folder = Path(sys.argv[1]).resolve()
     authority = json.loads((folder / "scores.json").read_text())
-    setup, document = R.Setup(str(folder), batch=64), {}
+    setup, document = P.Setup(str(folder), batch=64), {}
     at_full_size = len(authority["scores"]["hpsv2"]) == 3
     if not at_full_size:
         reduce_architectures(folder)

@@ -1,0 +1,443 @@
+"""Preference models: rewards that people's choices were fitted to, run by transformers from their official weights.
+
+    hpsv2, pickscore, clip, aesthetic   a CLIP's cosine of picture and prompt, or a head on its picture features
+    imagereward                         BLIP: the text tower reads the prompt while looking at the picture
+    videoalign                          Qwen2-VL watches the video and rates quality, motion and text alignment
+
+1. weight_files finds the official files, or says how to fetch them; read_weights, build: exactly these weights, or an error
+2. a Scorer prepares pixels and words as the official package does, and scores in batches without gradients
+3. `make reference` proves every score equal to the official package's, in an environment of its own
+"""
+
+import html
+import math
+import re
+import shlex
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import BertTokenizer, BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
+from transformers.utils import logging as transformers_logging
+
+
+class CannotScore(ValueError):
+    """A picture or a prompt that a reward cannot score, or a score that is not a finite number."""
+
+
+def to_uint8(pictures: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, rounded: what a saved picture would hold."""
+    return (pictures.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------------------- weights
+@dataclass(frozen=True)
+class Setup:
+    """How preference models are found and run.
+
+    weights: a folder that holds REPOSITORY/FILE as the hub names them; what it lacks is looked up in the hub's own cache.
+    dtype: of weights and activations; features are compared, and heads evaluated, in float32.
+    offload: back to the CPU after every scoring. batch: the most pictures at a time.
+    """
+
+    weights: str | None = None
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype = torch.float32
+    offload: bool = False
+    batch: int = 32
+
+
+CLIP_L, PICK, BERT = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1", "google-bert/bert-base-uncased"
+AESTHETIC = "christophschuhmann/improved-aesthetic-predictor"  # on GitHub, not on the hub
+CLIP_FILES = ("model.safetensors", "config.json", "vocab.json", "merges.txt")
+FILES = {  # reward -> official files as (repository, file), the model's weights first
+    "hpsv2": [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), (CLIP_L, "vocab.json"), (CLIP_L, "merges.txt")],
+    "imagereward": [("THUDM/ImageReward", "ImageReward.pt"), (BERT, "vocab.txt")],
+    "pickscore": [(PICK, file) for file in CLIP_FILES],
+    "clip": [(CLIP_L, file) for file in CLIP_FILES],
+    "aesthetic": [*((CLIP_L, file) for file in CLIP_FILES), (AESTHETIC, "sac+logos+ava1-l14-linearMSE.pth")],
+}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def locate(repository: str, file: str, folder: str | None) -> Path | None:
+    """A weights file in the folder or in the hub's cache; None if it is in neither."""
+    if folder and (path := Path(folder, repository, file)).is_file():
+        return path
+    cached = try_to_load_from_cache(repository, file)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def fetch_commands(name: str, missing: list[tuple[str, str]], folder: str | None) -> str:
+    """The commands that bring a reward's missing files to where `locate` finds them, one for each repository."""
+    commands = []
+    for repository in dict.fromkeys(r for r, _ in missing):
+        files = " ".join(shlex.quote(f) for r, f in missing if r == repository)
+        if repository == AESTHETIC:
+            where = shlex.quote(f"{folder or 'weights'}/{repository}/{files}")
+            commands.append(f"curl -fL --create-dirs -o {where} https://github.com/{repository}/raw/main/{files}")
+            commands += [] if folder else ["then give --reward-weights weights"]
+        else:
+            into = f" --local-dir {shlex.quote(f'{folder}/{repository}')}" if folder else ""
+            commands.append(f"hf download {repository} {files}{into}")
+    return " && ".join(commands)
+
+
+def weight_files(name: str, setup: Setup) -> list[Path]:
+    """Where a reward's files are, in the order of FILES.
+
+    Raises:
+        ValueError: naming the missing files and the commands that fetch them.
+    """
+    found = [locate(repository, file, setup.weights) for repository, file in FILES.get(name, ())]
+    missing = [pair for pair, path in zip(FILES.get(name, ()), found) if path is None]
+    if missing:
+        files, fetch = ", ".join(file for _, file in missing), fetch_commands(name, missing, setup.weights)
+        raise ValueError(f"the reward {name!r} lacks {files}; fetch with: {fetch}")
+    return found
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors, .pt or .pth file.
+
+    Raises:
+        ValueError: if the file is truncated or no weights file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        if not all(isinstance(v, Tensor) for v in state.values()):
+            raise TypeError("it holds more than tensors")
+        return state
+    except MemoryError:
+        raise
+    except Exception as error:  # on garbage, the readers of pickles and archives raise nearly anything
+        raise ValueError(f"{path} is damaged or holds no weights ({type(error).__name__}): fetch it again") from error
+
+
+def tokenizer(kind, size: int, vocabulary: Path, merges: Path | None = None):
+    """A transformers tokenizer from its official files, of exactly `size` tokens.
+
+    Raises:
+        ValueError: if a file is damaged: a shorter vocabulary would score, and wrongly.
+    """
+    files = {"vocab": str(vocabulary)} | ({"merges": str(merges)} if merges else {})
+    names = " or ".join(files.values())
+    try:
+        lines = sum(1 for line in (merges or vocabulary).read_text(encoding="utf-8").splitlines() if line)
+        loaded = kind(**files)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(f"{names} is damaged ({type(error).__name__}): fetch it again") from error
+    wanted = size - 2 * 256 - 2 + 1 if merges else size  # CLIP: bytes twice, two special tokens; a line of version
+    if len(loaded) != size or lines != wanted:
+        raise ValueError(f"{names} is damaged: {len(loaded)} tokens in {lines} lines, not {size}; fetch it again")
+    return loaded
+
+
+def build(kind, config, state: dict[str, Tensor], path: Path, dtype: torch.dtype, **kwargs):
+    """A frozen transformers model with exactly these weights.
+
+    Raises:
+        ValueError: if a weight is missing, left over or of another shape, naming it.
+    """
+    with torch.device("meta"):
+        wanted = {k: v.shape for k, v in kind(config, **kwargs).state_dict().items()}
+    for key in sorted(wanted.keys() | state.keys()):
+        if wanted.get(key) != (state[key].shape if key in state else None):
+            raise ValueError(f"{path} does not fit {kind.__name__}: {key!r} is missing, left over or of another shape")
+    transformers_logging.disable_progress_bar()
+    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
+    return model.eval().requires_grad_(False)
+
+
+def linear_head(state: dict[str, Tensor], path: Path, width: int) -> torch.nn.Sequential:
+    """The head that ImageReward and the aesthetic predictor share: five linear layers in a row, nothing between them.
+
+    Raises:
+        ValueError: if a weight is missing, left over or of another shape.
+    """
+    head = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise((width, 1024, 128, 64, 16, 1))))
+    places = {"layers.0": "0", "layers.2": "1", "layers.4": "2", "layers.6": "3", "layers.7": "4"}  # between: dropout
+    try:
+        head.load_state_dict(
+            {places.get(k.rpartition(".")[0], k) + "." + k.rpartition(".")[2]: v for k, v in state.items()}
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold this head: {' '.join(str(error).split())}") from error
+    return head.eval().requires_grad_(False)
+
+
+def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    """A state dict with every pattern of the table replaced in every key, in the table's order."""
+    out = {}
+    for key, value in state.items():
+        for pattern, new in table.items():
+            key = re.sub(pattern, new, key)
+        out[key] = value
+    return out
+
+
+# ------------------------------------------------------------------------------------- the CLIP family: hpsv2, pickscore, clip
+VIT_H = CLIPConfig(  # open_clip's ViT-H-14, 986M parameters
+    text_config={"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    | {"hidden_act": "gelu", "projection_dim": 1024},
+    vision_config={"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "num_hidden_layers": 32}
+    | {"patch_size": 14, "hidden_act": "gelu", "projection_dim": 1024},
+    projection_dim=1024,
+)
+OPEN_CLIP = {  # open_clip's names -> transformers'
+    r"^visual\.proj$": "visual_projection.weight",
+    r"^text_projection$": "text_projection.weight",
+    r"^visual\.": "vision_model.",
+    r"^(token_embedding|positional_embedding|transformer|ln_final)": r"text_model.\1",
+    r"transformer\.resblocks": "encoder.layers",
+    r"\.(class_embedding|token_embedding)": r".embeddings.\1",
+    r"\.positional_embedding": ".embeddings.position_embedding.weight",
+    r"\.conv1\.": ".embeddings.patch_embedding.",
+    r"\.ln_pre\.": ".pre_layrnorm.",
+    r"\.ln_post\.": ".post_layernorm.",
+    r"\.ln_final\.": ".final_layer_norm.",
+    r"\.ln_([12])\.": r".layer_norm\1.",
+    r"\.attn\.": ".self_attn.",
+    r"\.c_fc\.": ".fc1.",
+    r"\.c_proj\.": ".fc2.",
+}
+
+
+def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's CLIP weights in transformers' names: projections transposed, queries, keys and values apart."""
+    out = {}
+    for key, value in renamed(state, OPEN_CLIP).items():
+        if key.endswith("_projection.weight"):
+            value = value.T.contiguous()
+        if ".in_proj_" in key:
+            parts = zip("qkv", value.chunk(3))
+            out |= {key.replace("in_proj_", f"{n}_proj."): part.clone() for n, part in parts}
+        else:
+            out[key] = value
+    return out
+
+
+def square(pictures: np.ndarray, size: int, crop=round) -> Tensor:
+    """CLIP's pre-processing: shorter side to `size` with Pillow's bicubic filter, centre crop; (B, H, W, 3) -> (B, 3, s, s).
+
+    crop: how half a pixel is rounded, `round` in OpenAI's and open_clip's code, `math.floor` in transformers.
+    """
+    height, width = pictures.shape[1:3]
+    short = min(height, width)
+    h, w = (size if x == short else int(size * x / short) for x in (height, width))
+    top, left = crop((h - size) / 2), crop((w - size) / 2)
+    box = (left, top, left + size, top + size)
+    resized = [Image.fromarray(p).resize((w, h), Image.BICUBIC) for p in pictures]  # a copy where nothing changes
+    return torch.from_numpy(np.stack([np.asarray(p.crop(box)) for p in resized])).permute(0, 3, 1, 2).float() / 255
+
+
+def padded(pictures: np.ndarray, size: int) -> Tensor:
+    """HPSv2's pre-processing: longer side to `size` with a bicubic filter on tensors, black bars; (B, 3, s, s)."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    scale = size / max(x.shape[2:])
+    h, w = (max(1, round(d * scale)) for d in x.shape[2:])
+    if scale != 1:
+        x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    top, left = (size - h) // 2, (size - w) // 2
+    return F.pad(x, (left, size - w - left, top, size - h - top))
+
+
+def clean(prompt: str) -> str:
+    """What OpenAI's and open_clip's tokenizers do to a prompt first; a special token that it spells out is plain text."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip().lower()
+    return re.sub(r"<\|(startoftext|endoftext)\|>", r"<| \1 |>", text)
+
+
+class Scorer:
+    """A frozen model on the policy's device, that scores pictures in batches and without gradients.
+
+    A subclass sets `setup` and `models`, and has `scores(pictures (B, H, W, 3) uint8, prompts) -> (B,)`.
+    """
+
+    setup: Setup
+    models: list[torch.nn.Module]
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) float32 scores on the CPU; see the class."""
+        for model in self.models:
+            model.to(self.setup.device)
+        size = self.setup.batch
+        parts = [
+            self.scores(to_uint8(p), prompts[i * size : (i + 1) * size]) for i, p in enumerate(pictures.split(size))
+        ]
+        if self.setup.offload:
+            for model in self.models:
+                model.to("cpu")
+        return torch.cat(parts).float().cpu()
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """(B, 3, s, s) in [0, 1] -> normalised with CLIP's mean and std, on the device, in the dtype."""
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        return ((x - mean) / std).to(self.setup.device, self.setup.dtype)
+
+
+class PickScore(Scorer):
+    """PickScore v1: exp(logit scale) x cosine in a CLIP ViT-H-14 tuned on Pick-a-Pic; [-100, 100], in practice 17 to 25.
+
+    Higher is preferred. 224 pixels, centre crop, pre-processed as its authors do, by transformers' rules. Weights
+    yuvalkirstain/PickScore_v1 (MIT), arXiv:2305.01569. Papers that print .22 print the cosine. Hacked by: glossy, centred,
+    over-detailed pictures.
+    """
+
+    name = "pickscore"
+    preprocess, clean = staticmethod(partial(square, crop=math.floor)), staticmethod(str)
+
+    def __init__(self, setup: Setup):
+        self.setup, self.files = setup, weight_files(self.name, setup)
+        config, state = self.read()
+        self.model = build(CLIPModel, config, state, self.files[0], setup.dtype)
+        self.models, self.scale = [self.model], state["logit_scale"].float().exp()
+        at = {file: path for (_, file), path in zip(FILES[self.name], self.files)}
+        self.tokenizer = tokenizer(CLIPTokenizer, config.text_config.vocab_size, at["vocab.json"], at["merges.txt"])
+
+    def read(self) -> tuple[CLIPConfig, dict[str, Tensor]]:
+        """Config and weights of a CLIP in transformers' own format."""
+        state = {k: v for k, v in read_weights(self.files[0]).items() if not k.endswith("position_ids")}
+        try:
+            return CLIPConfig.from_json_file(self.files[1]), state
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.files[1]} is damaged: fetch it again") from error
+
+    def image_features(self, pictures: np.ndarray) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, C) of length 1, float32."""
+        x = self.preprocess(pictures, self.model.config.vision_config.image_size)
+        return F.normalize(self.model.get_image_features(self.pixels(x)).pooler_output.float(), dim=-1)
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """(B, C) of length 1, float32; equal prompts are encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        length = self.model.config.text_config.max_position_embeddings
+        ids = self.tokenizer([self.clean(p) for p in distinct], padding=True, truncation=True, max_length=length)
+        ids = torch.tensor(ids["input_ids"], device=self.setup.device)
+        features = F.normalize(self.model.get_text_features(ids).pooler_output.float(), dim=-1)
+        return features[[distinct.index(p) for p in prompts]]
+
+    def scores(self, pictures: np.ndarray, prompts: list[str]) -> Tensor:
+        """(B,) scaled cosines of each picture with its prompt."""
+        return self.scale * (self.image_features(pictures) * self.text_features(prompts)).sum(1)
+
+
+class ClipScore(PickScore):
+    """CLIPScore: 100 x cosine, the model's own logit, in OpenAI's CLIP ViT-L/14; [-100, 100], in practice 15 to 35.
+
+    Higher is closer to the prompt. 224 pixels, centre crop. Weights openai/clip-vit-large-patch14 (MIT), arXiv:2104.08718.
+    Hacked by: writing the prompt into the picture, repeating its objects.
+    """
+
+    name = "clip"
+    preprocess, clean = staticmethod(square), staticmethod(clean)
+
+
+class Hpsv2(ClipScore):
+    """HPS v2.1: cosine of picture and prompt in a CLIP ViT-H-14 tuned on human preferences; [-1, 1], in practice .15 to .40.
+
+    Higher is preferred. 224 pixels, the longer side fitted, black bars. Weights xswu/HPSv2 (Apache-2.0), arXiv:2306.09341.
+    Hacked by: saturated, high-contrast, illustration-like pictures.
+    """
+
+    name, preprocess = "hpsv2", staticmethod(padded)
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.scale = 1.0
+
+    def read(self) -> tuple[CLIPConfig, dict[str, Tensor]]:
+        """Config and weights of open_clip's ViT-H-14."""
+        return VIT_H, from_open_clip(read_weights(self.files[0]))
+
+
+class Aesthetic(ClipScore):
+    """LAION's aesthetic predictor: a linear head on CLIP ViT-L/14's picture features; about 1 to 10, in practice 4 to 7.
+
+    Higher is prettier; the prompt does not count. 224 pixels, centre crop. Head: improved-aesthetic-predictor (Apache-2.0).
+    Hacked by: leaving the prompt for painterly portraits and landscapes.
+    """
+
+    name = "aesthetic"
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        head = self.files[-1]
+        self.head = linear_head(read_weights(head), head, self.model.config.projection_dim)
+        self.models.append(self.head)
+
+    def scores(self, pictures: np.ndarray, prompts: list[str]) -> Tensor:
+        """(B,) scores."""
+        return self.head(self.image_features(pictures))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------- imagereward
+VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+BLIP_VISION = BlipVisionConfig(**VIT_L, image_size=224, patch_size=16, layer_norm_eps=1e-6)
+# BERT-base, which looks at BLIP_VISION's output.
+BLIP_TEXT = BlipTextConfig(vocab_size=30524, encoder_hidden_size=1024, num_attention_heads=12)
+BLIP = {  # ImageReward's names -> transformers'
+    r"^blip\.visual_encoder\.(.*)": r"vision.\1",
+    r"^blip\.text_encoder\.(.*)": r"text.\1",
+    r"\.cls_token": ".embeddings.class_embedding",
+    r"\.pos_embed": ".embeddings.position_embedding",
+    r"\.patch_embed\.proj\.": ".embeddings.patch_embedding.",
+    r"\.blocks\.": ".encoder.layers.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+    r"^vision\.norm\.": "vision.post_layernorm.",
+}
+
+
+class ImageReward(Scorer):
+    """ImageReward v1.0: BLIP's text tower reads the prompt while looking at the picture; about -2.3 to 2.3, mean 0, std 1.
+
+    Higher is preferred. 224 pixels, centre crop; 35 tokens. Weights THUDM/ImageReward (Apache-2.0), arXiv:2304.05977.
+    Hacked by: exaggerating what the prompt names, at the cost of realism.
+    """
+
+    MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, from the package
+
+    def __init__(self, setup: Setup):
+        path, vocabulary = weight_files("imagereward", setup)
+        state = renamed(read_weights(path), BLIP)
+        towers = {name: {} for name in ("vision", "text", "mlp", "blip")}  # blip: of its own pre-training, unused
+        for key, value in state.items():
+            tower, _, rest = key.partition(".")
+            if tower not in towers:
+                raise ValueError(f"{path} does not fit ImageReward: {key!r} is left over")
+            if not rest.endswith("position_ids"):
+                towers[tower][rest] = value
+        self.vision = build(BlipVisionModel, BLIP_VISION, towers["vision"], path, setup.dtype)
+        self.text = build(BlipTextModel, BLIP_TEXT, towers["text"], path, setup.dtype, add_pooling_layer=False)
+        self.head = linear_head(towers["mlp"], path, BLIP_TEXT.hidden_size)
+        self.models, self.setup = [self.vision, self.text, self.head], setup
+        self.tokenizer = tokenizer(BertTokenizer, BLIP_TEXT.vocab_size - 2, vocabulary)  # the two: BLIP's [DEC], [ENC]
+
+    def scores(self, pictures: np.ndarray, prompts: list[str]) -> Tensor:
+        """(B,) scores."""
+        device = self.setup.device
+        seen = self.vision(self.pixels(square(pictures, self.vision.config.image_size))).last_hidden_state
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=35, return_tensors="pt").to(device)
+        hidden = self.text(
+            tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=device),
+        ).last_hidden_state
+        return (self.head(hidden[:, 0].float())[:, 0] - self.MEAN) / self.STD
