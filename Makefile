@@ -1,8 +1,10 @@
 # make demo   trains the embedded model and shows that it improved
 # make test   runs the tests;  make mutants  plants faults and expects the tests to notice each
-# make reference   proves the preference rewards equal to their official packages (6 GB, an environment of their own)
+# make reference   proves the preference rewards equal to their official packages (6 GB, an environment of their own);
+#                  VideoAlign is cloned from GitHub, or taken from where VIDEOALIGN says
 PYTHON ?= python3
 PY := .venv/bin/python
+VIDEOALIGN ?= runs/VideoAlign
 
 .PHONY: demo test slow mutants reference lint
 demo: .venv
@@ -17,9 +19,13 @@ slow: .venv .venv-reference
 mutants: .venv
 	OMP_NUM_THREADS=1 $(PY) tests/mutants.py
 
-reference: .venv .venv-reference
-	OMP_NUM_THREADS=1 .venv-reference/bin/python tests/reference/authority.py runs/reference
+reference: .venv .venv-reference $(VIDEOALIGN)
+	OMP_NUM_THREADS=1 .venv-reference/bin/python tests/reference/authority.py runs/reference --videoalign $(VIDEOALIGN)
 	OMP_NUM_THREADS=1 $(PY) tests/reference/compare.py runs/reference
+
+runs/VideoAlign:
+	git clone --quiet https://github.com/KwaiVGI/VideoAlign $@
+	git -C $@ checkout --quiet 219ab9d
 
 lint: .venv
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

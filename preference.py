@@ -9,12 +9,14 @@
 3. `make reference` proves every score equal to the official package's, in an environment of its own
 """
 
+import ast
 import html
+import json
 import math
 import re
 import shlex
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +28,17 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BertTokenizer, BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import (
+    BertTokenizer,
+    BlipTextModel,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+)
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 from transformers.utils import logging as transformers_logging
 
@@ -36,8 +48,8 @@ class CannotScore(ValueError):
 
 
 def to_uint8(pictures: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, rounded: what a saved picture would hold."""
-    return (pictures.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """(..., 3, H, W) in [0, 1] -> (..., H, W, 3) uint8, rounded: what a saved picture would hold."""
+    return (pictures.detach().float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------------- weights
@@ -58,7 +70,8 @@ class Setup:
 
 
 CLIP_L, PICK, BERT = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1", "google-bert/bert-base-uncased"
-AESTHETIC = "christophschuhmann/improved-aesthetic-predictor"  # on GitHub, not on the hub
+AESTHETIC, VIDEO_ALIGN = "christophschuhmann/improved-aesthetic-predictor", "KwaiVGI/VideoAlign"
+GITHUB = (AESTHETIC, VIDEO_ALIGN)  # these two are not on the hub
 CLIP_FILES = ("model.safetensors", "config.json", "vocab.json", "merges.txt")
 FILES = {  # reward -> official files as (repository, file), the model's weights first
     "hpsv2": [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), (CLIP_L, "vocab.json"), (CLIP_L, "merges.txt")],
@@ -66,7 +79,11 @@ FILES = {  # reward -> official files as (repository, file), the model's weights
     "pickscore": [(PICK, file) for file in CLIP_FILES],
     "clip": [(CLIP_L, file) for file in CLIP_FILES],
     "aesthetic": [*((CLIP_L, file) for file in CLIP_FILES), (AESTHETIC, "sac+logos+ava1-l14-linearMSE.pth")],
+    "videoalign": [("KwaiVGI/VideoReward", "checkpoint-11352/model.pth"), ("KwaiVGI/VideoReward", "model_config.json")]
+    + [("Qwen/Qwen2-VL-2B-Instruct", "tokenizer.json"), (VIDEO_ALIGN, "prompt_template.py")],
 }
+PARTS = {"videoalign": slice(0, 3)} | {f"videoalign-{d}": slice(i, i + 1) for i, d in enumerate(("vq", "mq", "ta"))}
+FILES |= dict.fromkeys(PARTS, FILES["videoalign"])
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -83,7 +100,7 @@ def fetch_commands(name: str, missing: list[tuple[str, str]], folder: str | None
     commands = []
     for repository in dict.fromkeys(r for r, _ in missing):
         files = " ".join(shlex.quote(f) for r, f in missing if r == repository)
-        if repository == AESTHETIC:
+        if repository in GITHUB:
             where = shlex.quote(f"{folder or 'weights'}/{repository}/{files}")
             commands.append(f"curl -fL --create-dirs -o {where} https://github.com/{repository}/raw/main/{files}")
             commands += [] if folder else ["then give --reward-weights weights"]
@@ -441,3 +458,135 @@ class ImageReward(Scorer):
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=device),
         ).last_hidden_state
         return (self.head(hidden[:, 0].float())[:, 0] - self.MEAN) / self.STD
+
+
+# ----------------------------------------------------------------------------------------------------------- videoalign
+QWEN2_VL = Qwen2VLConfig(  # Qwen2-VL-2B with VideoAlign's three tokens
+    text_config={"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    | {"num_key_value_heads": 2, "vocab_size": 151660, "rms_norm_eps": 1e-6}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
+    vision_config={"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
+)
+QWEN = {
+    r"^base_model\.model\.": "",
+    r"^model\.": "language_model.",
+    r"\.base_layer\.": ".",
+}  # VideoAlign's names -> ours
+CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{video}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+PAD, RATINGS = "<|video_pad|>", ("VQ", "MQ", "TA")
+PATCH, FPS = 14, 16  # pixels;  frames a second of Wan2.1's videos
+
+
+def no_tokens(prompt: str) -> None:
+    """Raises CannotScore if a prompt spells out one of Qwen2-VL's own tokens."""
+    if re.search(r"<\|\w+\|>", prompt):
+        raise CannotScore(f"the videoalign reward has tokens written <|so|>; the prompt {prompt!r} holds one")
+
+
+def frame_size(height: int, width: int, most: int, least: int = 128 * 28**2) -> tuple[int, int]:
+    """Qwen2-VL's size of a frame: multiples of 28, between `least` and `most` pixels, the aspect ratio nearly kept."""
+    h, w = (max(28, round(d / 28) * 28) for d in (height, width))
+    scale = math.sqrt(height * width / (most if h * w > most else least))
+    if h * w > most:
+        return math.floor(height / scale / 28) * 28, math.floor(width / scale / 28) * 28
+    return (math.ceil(height / scale / 28) * 28, math.ceil(width / scale / 28) * 28) if h * w < least else (h, w)
+
+
+def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """LoRA added once and for all: W + alpha/r B A under W's own name."""
+    out = {k: v for k, v in state.items() if ".lora_" not in k}
+    for key in [k for k in state if ".lora_A." in k]:
+        down, up = state[key].float(), state[key.replace("lora_A", "lora_B")].float()
+        weight = out[name := key.replace("lora_A.default.", "")]
+        out[name] = (weight.float() + scale * up @ down).to(weight.dtype)
+    return out
+
+
+class VideoAlign(Scorer):
+    """VideoReward (VideoAlign): Qwen2-VL-2B watches a video and rates visual quality, motion quality and text alignment.
+
+    Each is about -2 to 2, mean 0 and std 1 over its authors' videos; higher is better. Two frames a second and four at least,
+    at most 200,704 pixels each. Weights KwaiVGI/VideoReward (Apache-2.0), arXiv:2501.13918. Hacked by: slow, smooth, glossy
+    videos. As in its authors' code, a video's tokens are counted like words, without positions in time and space.
+    """
+
+    def __init__(self, setup: Setup):
+        path, settings, vocabulary, template = weight_files("videoalign", setup)
+        try:
+            config, code = json.loads(settings.read_text()), ast.parse(template.read_text())
+            named = {n.targets[0].id: n.value for n in code.body if isinstance(n, ast.Assign)}
+            self.question = ast.literal_eval(named["DETAILED_PROMPT_WITH_SPECIAL_TOKEN"])
+            self.data, lora, norm = (config[f"{n}_config"] for n in ("data", "peft_lora", "inference"))
+            self.mean, self.std = (torch.tensor([norm[f"{d}_{k}"] for d in RATINGS]) for k in ("mean", "std"))
+            self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(vocabulary), pad_token="<|endoftext|>")
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            names = f"{settings}, {template} or {vocabulary}"
+            raise ValueError(f"{names} is damaged ({type(error).__name__}: {error}): fetch it again") from error
+        self.tokenizer.add_tokens([f"<|{d}_reward|>" for d in RATINGS], special_tokens=True)
+        if len(self.tokenizer) != QWEN2_VL.text_config.vocab_size:
+            raise ValueError(f"{vocabulary} is damaged: {len(self.tokenizer)} tokens; fetch it again")
+        state = renamed(read_weights(path), QWEN)
+        try:
+            state = merged(state, lora["lora_alpha"] / lora["lora_r"])
+            head, _ = state.pop("rm_head.weight"), state.pop("lm_head.weight")
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path} does not fit VideoAlign ({error}): fetch it again") from error
+        self.model = build(Qwen2VLModel, QWEN2_VL, state, path, setup.dtype)
+        self.head = torch.nn.Linear(head.shape[1], 1, bias=False).requires_grad_(False)
+        self.head.weight.copy_(head)
+        self.models, self.setup, self.asked = [self.model, self.head], setup, None
+
+    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
+        """(B, F, 3, H, W) -> (B, 3) ratings; asked again about the same videos, it remembers.
+
+        Raises:
+            CannotScore: if they are no videos of two frames or more.
+        """
+        if videos.ndim != 5 or videos.shape[1] < 2:
+            raise CannotScore("the videoalign reward needs videos of two frames or more")
+        if self.asked is None or self.asked[0] is not videos or self.asked[1] != prompts:
+            self.asked = videos, prompts, super().__call__(videos, prompts)
+        return self.asked[2]
+
+    def frames(self, videos: np.ndarray) -> Tensor:
+        """(B, F, H, W, 3) uint8 -> (B, T, 3, h, w) in [0, 1], T even: the frames that are watched, at Qwen2-VL's size."""
+        total, (height, width) = videos.shape[1], videos.shape[2:4]
+        n = round(min(max(total / FPS * self.data["fps"], 4), total // 2 * 2) / 2) * 2
+        h, w = frame_size(height, width, self.data["max_frame_pixels"])
+        x = torch.from_numpy(videos[:, torch.linspace(0, total - 1, n).round().long().numpy()])
+        x = x.movedim(-1, 2).flatten(0, 1).float()
+        x = F.interpolate(x, (h, w), mode="bicubic", antialias=True, align_corners=False)
+        return x.clamp(0, 255).round().unflatten(0, (-1, n)) / 255
+
+    def scores(self, videos: np.ndarray, prompts: list[str]) -> Tensor:
+        """(B, 3) ratings."""
+        device = self.setup.device
+        x = self.pixels(self.frames(videos))
+        b, n, _, h, w = x.shape
+        grid = (n // 2, h // PATCH, w // PATCH)
+        x = x.view(
+            b, n // 2, 2, 3, h // 28, 2, PATCH, w // 28, 2, PATCH
+        )  # patches of 2 frames; squares of 2 x 2 patches
+        x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(b * math.prod(grid), -1)
+        video = PAD * (math.prod(grid) // 4)
+        texts = [CHAT.format(video=video, question=self.question.format(text_prompt=p)) for p in prompts]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
+        places = torch.arange(tokens.input_ids.shape[1], device=device).expand(3, b, -1)
+        grids = torch.tensor([grid] * b, device=device)
+        seen = {"pixel_values_videos": x, "video_grid_thw": grids, "position_ids": places}
+        hidden = self.model(tokens.input_ids, tokens.attention_mask, **seen).last_hidden_state
+        marks = torch.tensor(self.tokenizer.convert_tokens_to_ids([f"<|{d}_reward|>" for d in RATINGS]), device=device)
+        rated = self.head(hidden[torch.isin(tokens.input_ids, marks)].float()).view(b, 3)
+        return (rated.cpu() - self.mean) / self.std
+
+
+shared_video_align = lru_cache(maxsize=1)(VideoAlign)  # its ratings, asked for apart, share one model
+
+
+def video_align(which: slice, setup: Setup):
+    """The reward that sums these of VideoAlign's ratings VQ, MQ, TA."""
+    model = shared_video_align(setup)
+    return lambda videos, prompts: model(videos, prompts)[:, which].sum(1)

@@ -6,10 +6,10 @@
 1. ocr               reads the picture as one line of text, compares with the text quoted in the prompt    [0, 1]
 2. colour            ink colour against the first colour word of the prompt                                [0, 1]
 3. jpeg, jpeg-large  size of the picture as JPEG in kB, small is good / large is good                      < 0 / > 0
-4. hpsv2, pickscore, clip, aesthetic, imagereward   preference models (preference.py)
-5. motion, temporal  of videos (B, F, 3, H, W): optical flow against the prompt's direction; warping and flicker     [0, 1]
+4. motion, temporal  of videos (B, F, 3, H, W): optical flow against the prompt's direction; warping and flicker     [0, 1]
+5. hpsv2, pickscore, clip, aesthetic, imagereward, videoalign   preference models (preference.py)
 
-`python rewards.py list` says which are ready, `python rewards.py score --reward hpsv2 PICTURE --prompt TEXT` scores. That 4
+`python rewards.py list` says which are ready, `python rewards.py score --reward hpsv2 PICTURE --prompt TEXT` scores. That 5
 equals the official packages is proven by `make reference`, in an environment of their own. Several at once, weighted and
 summed: `--reward ocr:1,jpeg:0.1`. OCR cannot see colour, so a policy trained on it alone drifts from red to purple and from
 black to brown: watch a second reward. To add one, write a function and name it in REWARDS; where it cannot score some prompts,
@@ -22,6 +22,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import cv2
@@ -30,7 +31,20 @@ import torch
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from preference import Aesthetic, CannotScore, ClipScore, Hpsv2, ImageReward, PickScore, Setup, to_uint8, weight_files
+from preference import (
+    PARTS,
+    Aesthetic,
+    CannotScore,
+    ClipScore,
+    Hpsv2,
+    ImageReward,
+    PickScore,
+    Setup,
+    no_tokens,
+    to_uint8,
+    video_align,
+    weight_files,
+)
 
 DEFAULT = Setup()
 Reward = Callable[[Tensor, list[str]], Tensor]
@@ -247,14 +261,16 @@ REWARDS: dict[str, Callable[[Setup], Reward]] = {  # name -> what makes it; mode
     "aesthetic": Aesthetic,
     "motion": lambda setup: motion,
     "temporal": lambda setup: temporal,
+    **{name: partial(video_align, which) for name, which in PARTS.items()},
 }
 CHECKS: dict[str, Callable[[str], object]] = {  # raise on a prompt
     "ocr": quoted_text,
     "colour": wanted_colour,
     "motion": wanted_motion,
+    **dict.fromkeys(PARTS, no_tokens),
 }
 # Those that take (B, F, 3, H, W); of a video, all others see the first, the middle and the last frame.
-VIDEO = ("motion", "temporal")
+VIDEO = ("motion", "temporal", *PARTS)
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -309,8 +325,8 @@ def load_rewards(
             size that one cannot score.
     """
     weights = parse_weights(reward)
-    seen = [n for n in CHECKS if blank.ndim == 5 or n not in VIDEO]
-    wanted = [n for n in seen if can_score(n, prompts)] if watch == "auto" else parse_weights(watch)
+    free = ("ocr", "colour", "motion") if blank.ndim == 5 else ("ocr", "colour")
+    wanted = [n for n in free if can_score(n, prompts)] if watch == "auto" else parse_weights(watch)
     names = list(dict.fromkeys([*weights, *wanted]))
     for name in names:
         for prompt in prompts:

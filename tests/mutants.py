@@ -99,6 +99,10 @@ MUTANTS = [
     ),
     ("preference", 'parts = zip("qkv", value.chunk(3))', 'parts = zip("kqv", value.chunk(3))'),
     ("preference", "return self.scale * (self.image", "return (self.image"),
+    ("preference", "weight.float() + scale * up @ down", "weight.float() + up @ down"),
+    ("preference", '"position_ids": places}', '"position_ids": None}'),
+    ("preference", "most if h * w > most else least", "most"),
+    ("preference", "x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)", "x.permute(0, 1, 4, 7, 8, 5, 3, 2, 6, 9)"),
 ]
 
 

@@ -27,12 +27,13 @@ import compare  # noqa: E402
 import weights  # noqa: E402
 
 AUTHORITY = json.loads((HERE / "reference/scores.json").read_text())
-NAMES = list(AUTHORITY)
+NAMES = [n for n in AUTHORITY if n != "videoalign"]
+EVERY = list(AUTHORITY)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """The five rewards' files at reduced size, and rewards.py told of the reduced architectures."""
+    """The six rewards' files at reduced size, and rewards.py told of the reduced architectures."""
     path = tmp_path_factory.mktemp("weights")
     weights.write(path)
     with pytest.MonkeyPatch.context() as patch:
@@ -121,7 +122,7 @@ def test_extreme_shapes_are_scored(loaded, size):
         assert reward(torch.rand(1, 3, *size), ["a"]).isfinite().all()
 
 
-ENTRIES = [(name, *pair) for name in NAMES for pair in P.FILES[name]]
+ENTRIES = [(name, *pair) for name in EVERY for pair in P.FILES[name]]
 
 
 def copy(folder, tmp_path, name):
@@ -135,7 +136,7 @@ def test_a_missing_file_is_named_with_the_command_that_fetches_it(folder, tmp_pa
     (tmp_path / repository / file).unlink()
     with pytest.raises(ValueError) as error:
         R.load_rewards(name, "", ["a cat"], torch.ones(1, 3, 32, 32), P.Setup(str(tmp_path)))
-    fetch = "curl -fL --create-dirs -o" if repository == P.AESTHETIC else f"hf download {repository} {file} --local-dir"
+    fetch = "curl -fL --create-dirs -o" if repository in P.GITHUB else f"hf download {repository} {file} --local-dir"
     assert f"lacks {file}; fetch with: {fetch} {tmp_path}/{repository}" in str(error.value)
 
 
@@ -169,13 +170,17 @@ def test_a_damaged_file_is_one_sentence_that_names_it(folder, tmp_path, name, re
     assert str(path) in str(error.value) and "fetch it again" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("fault", ["missing", "extra", "shape", "list", "number"])
 def test_wrong_weights_are_one_sentence(folder, tmp_path, name, fault):
     copy(folder, tmp_path, name)
     path = tmp_path / weights.FILES[name]
     state = P.read_weights(path)
-    key = next(k for k in state if k.endswith(("ln_pre.weight", "pre_layrnorm.weight", "layers.2.weight")))
+    key = next(
+        k
+        for k in state
+        if k.endswith(("ln_pre.weight", "pre_layrnorm.weight", "layers.2.weight", "q_proj.base_layer.weight"))
+    )
     if fault == "missing":
         del state[key]
     elif fault in ("extra", "shape"):
@@ -228,6 +233,62 @@ def test_the_official_checkpoints_fit_the_official_architectures(monkeypatch):
         }
         official.linear_head(state, Path("x"), 768)
     assert sum(v.numel() for v in meta("hpsv2").values()) == 986_109_441
+    qwen = official.merged(official.renamed(meta("videoalign"), official.QWEN), 2.0)
+    heads = {"rm_head.weight": (1, 1536), "lm_head.weight": (151660, 1536)}
+    with torch.device("meta"):
+        assert shapes(qwen) == shapes(official.Qwen2VLModel(official.QWEN2_VL).state_dict()) | heads
+    # The published file has 5,031,072,529 bytes, two for each weight and some 290 of names and offsets for each key.
+    assert 0 < 5_031_072_529 - 2 * sum(v.numel() for v in meta("videoalign").values()) < 400 * len(meta("videoalign"))
+
+
+@pytest.fixture(scope="module")
+def video_align(folder):
+    return P.VideoAlign(P.Setup(str(folder), batch=4))
+
+
+def small_videos(n: int) -> torch.Tensor:
+    return torch.from_numpy(np.stack([weights.videos(i)[0] for i in range(n)])).permute(0, 1, 4, 2, 3).float() / 255
+
+
+def test_videoalign_is_the_official_code(video_align):
+    """150 ratings: videos of 5 to 81 frames, enlarged and reduced; VQ, MQ, TA of each with ten prompts."""
+    ours = compare.our_ratings(video_align)
+    assert ours == pytest.approx(AUTHORITY["videoalign"], abs=1e-5, rel=1e-5)
+    assert np.std(np.reshape(ours, (-1, 3)), 0).min() > 0.1
+
+
+def test_videoalign_in_batches_and_in_half_precision(folder, video_align):
+    x, prompts = small_videos(5), ["a", "a red cat", "very long " * 9, "", "b"]
+    rated = video_align(x, prompts)
+    one_by_one = torch.cat([video_align(x[i : i + 1], prompts[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(rated, one_by_one, atol=2e-5, rtol=1e-5)
+    half = P.VideoAlign(P.Setup(str(folder), dtype=torch.bfloat16))(x, prompts)
+    assert 0 < (half - rated).abs().max() < 0.3
+
+
+def test_videoalign_sums_its_ratings_and_looks_once(folder, monkeypatch):
+    looks, whole = [], P.VideoAlign.scores
+    monkeypatch.setattr(P.VideoAlign, "scores", lambda *a: looks.append(1) or whole(*a))
+    x, prompts, names = small_videos(2), ["a red cat", "a dog"], ",".join(P.PARTS)
+    rewards, _ = R.load_rewards(names, "", prompts, torch.ones(1, 9, 3, 32, 32), P.Setup(str(folder)))
+    del looks[:]
+    scores = R.score(rewards, x, prompts)
+    assert looks == [1]
+    parts = [scores[f"videoalign-{d}"] for d in ("vq", "mq", "ta")]
+    torch.testing.assert_close(scores["videoalign"], sum(parts))
+    torch.testing.assert_close(torch.stack(parts, 1), P.VideoAlign(P.Setup(str(folder)))(x, prompts))
+    R.score(rewards, x, prompts[::-1])
+    R.score(rewards, x.clone(), prompts[::-1])
+    assert looks == [1] * 4  # another model, other prompts, other videos
+
+
+def test_videoalign_refuses_what_it_cannot_see_or_read(folder):
+    load = lambda prompt, blank: R.load_rewards("videoalign-mq", "", [prompt], blank, P.Setup(str(folder)))  # noqa: E731
+    for blank in (torch.ones(1, 3, 32, 32), torch.ones(1, 1, 3, 32, 32)):
+        with pytest.raises(P.CannotScore, match="videos of two frames"):
+            load("a cat", blank)
+    with pytest.raises(P.CannotScore, match="tokens written"):
+        load("a <|MQ_reward|> cat", torch.ones(1, 9, 3, 32, 32))
 
 
 def test_command_line(folder, tmp_path, capsys):

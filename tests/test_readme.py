@@ -76,13 +76,13 @@ def test_commands_parse():
 
 
 def test_size():
-    """Top-level code at most 3,200 lines, no function over 60."""
+    """Top-level code at most 3,200 lines, docstrings and comments counted, blank lines not; no function over 60."""
     import ast
 
     total = 0
     for path in [*HERE.glob("*.py"), *HERE.glob("tiny/*.py")]:
         text = path.read_text()
-        total += text.count("\n") * (path.parent == HERE)
+        total += sum(1 for line in text.splitlines() if line.strip()) * (path.parent == HERE)
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"

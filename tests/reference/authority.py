@@ -1,8 +1,9 @@
 """What the authorities say: the packages' own scores of the seeded weights, in the environment of requirements-reference.txt.
 
     python tests/reference/authority.py FOLDER           # writes the weights there, and scores.json
+    python tests/reference/authority.py FOLDER --videoalign CLONE   # VideoAlign too, from a clone of KwaiVGI/VideoAlign
     python tests/reference/authority.py FOLDER --full    # hpsv2 and imagereward at full size, 3 pictures: 8 GB of disk
-    python tests/reference/authority.py --manifest       # rewrites manifest.json from the packages' full-size models
+    python tests/reference/authority.py --manifest --videoalign CLONE   # rewrites manifest.json from the packages' full-size models
 
 hpsv2 and ImageReward run their own `score`. PickScore, CLIP and the aesthetic predictor run on open_clip's towers, whose
 weights are renamed here, from transformers' names, by a table of this file; PickScore with its authors' pre-processing, that of
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 import warnings
@@ -52,7 +54,24 @@ def image_reward_model(med: dict, vision: dict | None, folder: Path):
     return ImageReward(med_config=str(folder / "med_config.json")).eval()
 
 
-def write_manifest() -> None:
+def video_align_model(clone: Path):
+    """VideoAlign's Qwen2-VL-2B with three more tokens and LoRA of rank 64."""
+    sys.path.insert(0, str(clone))
+    from peft import LoraConfig, get_peft_model
+    from train_reward import find_target_linear_names
+    from trainer import Qwen2VLRewardModelBT
+    from transformers import Qwen2VLConfig
+
+    text = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    text |= {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+    text |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    model = Qwen2VLRewardModelBT(Qwen2VLConfig(**text, vision_config={"hidden_size": 1536}), output_dim=1)
+    model.resize_token_embeddings(151660)
+    names = find_target_linear_names(model, lora_namespan_exclude=["lm_head", "rm_head", "embed_tokens", "visual"])
+    return get_peft_model(model, LoraConfig(target_modules=names, r=64, lora_alpha=128))
+
+
+def write_manifest(clone: Path) -> None:
     """Keys and shapes of the full-size models, built without memory; `{32}` in a key stands for 0 .. 31."""
     from ImageReward.models.AestheticScore import MLP
     from transformers import CLIPConfig, CLIPModel
@@ -81,6 +100,7 @@ def write_manifest() -> None:
             "clip": CLIPModel(large),
             "aesthetic": MLP(768),
         }
+        models["videoalign"] = video_align_model(clone)
     models["imagereward"] = image_reward_model(MED, None, folder)
     manifest = {}
     for name, model in models.items():
@@ -162,8 +182,83 @@ def hps_scores(path: Path, model, pictures, prompts, bpe: Path | None) -> list[f
     return [float(package.score(x, p, cp=str(path))[0]) for x, p in zip(pictures, prompts)]
 
 
+CHAT = (  # Qwen2-VL's chat template, of one question about one video
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for c in m['content'] %}{% if c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_files(folder: Path, small: dict) -> None:
+    """What VideoAlign's base model needs besides its tokenizer; its weights are random, VideoReward's replace all of them."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from weights import QWEN, SPECIAL
+
+    text, rope = small["qwen_text"], {"type": "mrope", "mrope_section": [4, 6, 6], "rope_type": "default"}
+    text = text | {"vocab_size": text["vocab_size"] - 3, "rope_theta": 1e6, "rope_scaling": rope}
+    config = Qwen2VLConfig(**text, **small["qwen"], vision_config=small["qwen_vision"], tie_word_embeddings=True)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder / QWEN)
+    processor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    processor |= {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    }
+    processor |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    (folder / QWEN / "preprocessor_config.json").write_text(json.dumps(processor))
+    words = {"tokenizer_class": "Qwen2Tokenizer", "processor_class": "Qwen2VLProcessor"}
+    words |= {"pad_token": SPECIAL[0], "eos_token": SPECIAL[2], "additional_special_tokens": SPECIAL[1:]}
+    (folder / QWEN / "tokenizer_config.json").write_text(json.dumps(words))
+    (folder / QWEN / "chat_template.json").write_text(json.dumps({"chat_template": CHAT}))
+
+
+def video_align_scores(folder: Path, small: dict, clone: Path, question: str | None) -> list[float]:
+    """VideoAlign's own inference code on our files: VQ, MQ, TA of every video with every prompt, prompts outermost.
+
+    Its video reader is given our frames where it would open files; flash attention is left out; question None: its own.
+    """
+    import types
+
+    import weights
+
+    class Reader(list):
+        def __init__(self, path):
+            super().__init__(weights.videos()[int(path.removeprefix("file://"))])
+
+        def get_avg_fps(self):
+            return 16
+
+        def get_batch(self, index):
+            return types.SimpleNamespace(asnumpy=lambda: torch.stack([torch.tensor(self[i]) for i in index]).numpy())
+
+    os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
+    sys.modules["decord"] = types.SimpleNamespace(VideoReader=Reader)
+    sys.path.insert(0, str(clone))
+    qwen_files(folder, small)
+    os.chdir(folder)  # model_config.json names Qwen/Qwen2-VL-2B-Instruct
+    import inference
+    import prompt_template
+
+    if question:
+        prompt_template.DETAILED_PROMPT_WITH_SPECIAL_TOKEN = question
+    create = inference.create_model_and_processor
+
+    def without_flash(model_config, peft_lora_config, training_args):
+        training_args.disable_flash_attn2 = True
+        return create(model_config, peft_lora_config, training_args)
+
+    inference.create_model_and_processor = without_flash
+    judge = inference.VideoVLMRewardInference("KwaiVGI/VideoReward", device="cpu", dtype=torch.float32)
+    prompts = [p for p in weights.PROMPTS if "<|" not in p]
+    rated = [judge.reward([str(i)], [p])[0] for p in prompts for i in range(len(weights.VIDEOS))]
+    return [r[d] for r in rated for d in ("VQ", "MQ", "TA")]
+
+
 @torch.no_grad()
-def scores(folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+def scores(folder: Path, clone: Path | None) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Each authority's scores of every picture with the prompt of its number, and its seconds a picture."""
     import ImageReward as package
     import weights
@@ -219,6 +314,10 @@ def scores(folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
     head = MLP(64).eval()
     head.load_state_dict(torch.load(folder / weights.FILES["aesthetic"]))
     timed("aesthetic", lambda: [float(head(model.encode_image(preprocess(x)[None], True))) for x in pictures])
+    if clone:
+        began = time.perf_counter()
+        out["videoalign"] = video_align_scores(folder, small, clone, weights.QUESTION)
+        seconds["videoalign"] = (time.perf_counter() - began) / (len(out["videoalign"]) / 3)
     return out, seconds
 
 
@@ -251,14 +350,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--videoalign", type=Path)
     parser.add_argument("--manifest", action="store_true")
     o = parser.parse_args()
     if o.manifest:
-        write_manifest()
+        write_manifest(o.videoalign.resolve())
     if o.folder:
         folder = o.folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        found, seconds = full_scores(folder) if o.full else scores(folder)
+        found, seconds = full_scores(folder) if o.full else scores(folder, o.videoalign and o.videoalign.resolve())
         (folder / "scores.json").write_text(json.dumps({"scores": found, "seconds": seconds}, indent=1))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BlipTextConfig, BlipVisionConfig, CLIPConfig
+from transformers import BlipTextConfig, BlipVisionConfig, CLIPConfig, Qwen2VLConfig
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
@@ -26,15 +26,26 @@ import rewards as R  # noqa: E402
 
 def reduce_architectures(folder: Path, patch=setattr) -> None:
     """Give rewards.py the reduced architectures where it holds the official ones."""
-    small = weights.configs(weights.clip_tokenizer(folder), weights.bert_tokenizer(folder))
+    tokenizers = weights.clip_tokenizer, weights.bert_tokenizer, weights.qwen_tokenizer
+    small = weights.configs(*(make(folder) for make in tokenizers))
     patch(P, "VIT_H", CLIPConfig(**small["hpsv2"]))
     patch(P, "BLIP_VISION", BlipVisionConfig(**small["blip_vision"]))
     patch(P, "BLIP_TEXT", BlipTextConfig(**small["blip_text"]))
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}}
+    qwen = {"text_config": small["qwen_text"] | rope, "vision_config": small["qwen_vision"]} | small["qwen"]
+    patch(P, "QWEN2_VL", Qwen2VLConfig(**qwen))
 
 
 def tensors() -> list[torch.Tensor]:
     """The pictures as rewards take them: (1, 3, H, W) in [0, 1]."""
     return [torch.from_numpy(np.array(p)).permute(2, 0, 1)[None].float() / 255 for p in weights.pictures()]
+
+
+def our_ratings(model) -> list[float]:
+    """VQ, MQ, TA of every video with every prompt that VideoAlign can read, prompts outermost; a video's prompts are a batch."""
+    prompts = [p for p in weights.PROMPTS if "<|" not in p]
+    videos = [torch.from_numpy(v).permute(0, 3, 1, 2).float() / 255 for v in weights.videos()]
+    return torch.stack([model(v.expand(len(prompts), *v.shape), prompts) for v in videos], 1).flatten().tolist()
 
 
 def our_scores(reward) -> list[float]:
@@ -73,7 +84,9 @@ def main() -> None:
     if not at_full_size:
         reduce_architectures(folder)
     for name, theirs in authority["scores"].items():
-        if at_full_size:
+        if name == "videoalign":
+            ours, row = our_ratings(P.VideoAlign(setup)), {}
+        elif at_full_size:
             ours, row = full(name, setup)
         else:
             reward = R.REWARDS[name](setup)

@@ -23,6 +23,7 @@ NARROW = {
     "clip": {1024: 128, 4096: 512, 768: 64, 3072: 256},
     "imagereward": {1024: 128, 4096: 512, 3072: 384},
     "aesthetic": {768: 64},
+    "videoalign": {1536: 64, 8960: 128, 256: 32, 1280: 64, 3840: 192, 5120: 256, 64: 8},
 }
 FILES = {
     "hpsv2": "xswu/HPSv2/HPS_v2.1_compressed.pt",
@@ -30,9 +31,46 @@ FILES = {
     "clip": "openai/clip-vit-large-patch14/model.safetensors",
     "imagereward": "THUDM/ImageReward/ImageReward.pt",
     "aesthetic": "christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth",
+    "videoalign": "KwaiVGI/VideoReward/checkpoint-11352/model.pth",
 }
 TOKENS = ("openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1")  # folders with a CLIP vocabulary
-BERT = "google-bert/bert-base-uncased"
+BERT, QWEN = "google-bert/bert-base-uncased", "Qwen/Qwen2-VL-2B-Instruct"
+SPECIAL = [
+    "endoftext",
+    "im_start",
+    "im_end",
+    "object_ref_start",
+    "object_ref_end",
+    "box_start",
+    "box_end",
+    "quad_start",
+]
+SPECIAL = [
+    f"<|{t}|>" for t in SPECIAL + ["quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
+]
+QUESTION = """
+Rate this video. END means that a rating is given.
+
+Quality: <|VQ_reward|>
+END
+Motion: <|MQ_reward|>
+END
+It was to show: {text_prompt}
+Alignment: <|TA_reward|>
+END
+"""
+MODEL_CONFIG = {  # what VideoReward's model_config.json says, at reduced size and in full precision
+    "data_config": {"meta_data": "", "data_dir": "", "max_frame_pixels": 200704, "num_frames": None, "fps": 2.0}
+    | {"eval_dim": ["VQ", "MQ", "TA"], "prompt_template_type": "detailed_special", "sample_type": "uniform"},
+    "training_args": {},
+    "model_config": {"model_name_or_path": QWEN, "output_dim": 1, "use_special_tokens": True, "reward_token": "special"}
+    | {"torch_dtype": "float32", "loss_type": "btt"},
+    "peft_lora_config": {"lora_enable": True, "vision_lora": False, "lora_r": 8, "lora_alpha": 16, "use_rslora": False}
+    | {"lora_namespan_exclude": ["lm_head", "rm_head", "embed_tokens", "visual"]},
+    "inference_config": {"VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811}
+    | {"TA_mean": 2.8105, "TA_std": 2.5121},
+}
+VIDEOS = [(9, 32, 32), (5, 40, 56), (17, 64, 48), (81, 30, 44), (33, 480, 832)]  # frames, height, width
 PROMPTS = [
     "a red cat",
     "A photograph of an astronaut riding a horse, 4k, highly detailed",
@@ -61,7 +99,7 @@ def official(name: str) -> dict[str, list[int]]:
 
 def reduced(name: str, vocabulary: int) -> dict[str, list[int]]:
     """The same with two layers a tower, narrower, and a small vocabulary. ImageReward's head and text width stay."""
-    narrow = NARROW[name] | {49408: vocabulary, 30524: vocabulary}
+    narrow = NARROW[name] | {49408: vocabulary, 30524: vocabulary, 151660: vocabulary}
     out = {}
     for key, shape in official(name).items():
         layer = re.search(r"\.(?:resblocks|layers|blocks|layer)\.(\d+)\.", key)
@@ -89,6 +127,8 @@ def values(shapes: dict[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
             elif "embed" not in key:
                 x = x / np.float32(np.sqrt(np.prod(shape[1:])))
             out[key] = torch.from_numpy(x.astype(np.float32))
+    if "base_model.model.lm_head.weight" in out:  # tied
+        out["base_model.model.lm_head.weight"] = out["base_model.model.model.embed_tokens.weight"]
     return out
 
 
@@ -138,7 +178,27 @@ def bert_tokenizer(folder: Path, size: int = 0) -> int:
     return len(tokens) + 2
 
 
-def configs(clip_vocabulary: int, bert_vocabulary: int) -> dict[str, dict]:
+def qwen_tokenizer(folder: Path) -> int:
+    """A small byte-level vocabulary in Qwen2-VL's layout; its size with the three tokens that VideoAlign adds."""
+    letters = byte_letters()
+    merges = [("r", "e"), ("re", "d"), ("c", "a"), ("ca", "t"), ("\u0120", "a"), ("i", "n")]
+    vocabulary = {t: i for i, t in enumerate([*letters, *("".join(m) for m in merges)])}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    bpe |= {"fuse_unk": False, "byte_fallback": False, "vocab": vocabulary, "merges": [" ".join(m) for m in merges]}
+    added = [{"id": len(vocabulary) + i, "content": t} | plain for i, t in enumerate(SPECIAL)]
+    document = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    document |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}}
+    (folder / QWEN).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document | {"post_processor": level, "decoder": level, "model": bpe})
+    (folder / QWEN / "tokenizer.json").write_text(text)
+    return len(vocabulary) + len(SPECIAL) + 3
+
+
+def configs(clip_vocabulary: int, bert_vocabulary: int, qwen_vocabulary: int) -> dict[str, dict]:
     """What transformers needs to know of the reduced models."""
 
     def clip(width, heads, text, text_heads, patch, act, dim):
@@ -162,17 +222,32 @@ def configs(clip_vocabulary: int, bert_vocabulary: int) -> dict[str, dict]:
         | {"patch_size": 16, "layer_norm_eps": 1e-6, "num_hidden_layers": LAYERS},
         "blip_text": {"vocab_size": bert_vocabulary, "encoder_hidden_size": 128, "hidden_size": 768}
         | {"intermediate_size": 384, "num_hidden_layers": LAYERS, "num_attention_heads": 12},
+        "qwen_text": {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 2,
+        }
+        | {"num_key_value_heads": 1, "vocab_size": qwen_vocabulary, "rms_norm_eps": 1e-6},
+        "qwen_vision": {"depth": LAYERS, "embed_dim": 64, "num_heads": 2, "hidden_size": 64},
+        "qwen": {"video_token_id": qwen_vocabulary - 4, "image_token_id": qwen_vocabulary - 5}
+        | {"vision_end_token_id": qwen_vocabulary - 7, "vision_start_token_id": qwen_vocabulary - 8},
     }
 
 
 def write(folder: Path, seed: int = 0) -> dict[str, dict]:
-    """Every file that the five rewards read, under REPOSITORY/FILE, at reduced size; returns the reduced configs."""
-    clip, bert = clip_tokenizer(folder), bert_tokenizer(folder)
-    small = configs(clip, bert)
+    """Every file that the six rewards read, under REPOSITORY/FILE, at reduced size; returns the reduced configs."""
+    clip, bert, qwen = clip_tokenizer(folder), bert_tokenizer(folder), qwen_tokenizer(folder)
+    small = configs(clip, bert, qwen)
+    sizes = {"imagereward": bert, "videoalign": qwen}
     for i, name in enumerate(FILES):
-        save(folder, name, values(reduced(name, bert if name == "imagereward" else clip), seed + i))
+        save(folder, name, values(reduced(name, sizes.get(name, clip)), seed + i))
         if FILES[name].endswith(".safetensors"):
             (folder / FILES[name]).with_name("config.json").write_text(json.dumps(small[name]))
+    (folder / "KwaiVGI/VideoReward/model_config.json").write_text(json.dumps(MODEL_CONFIG))
+    (folder / "KwaiVGI/VideoAlign").mkdir(exist_ok=True)
+    template = f"DETAILED_PROMPT_WITH_SPECIAL_TOKEN = {QUESTION!r}\n"
+    (folder / "KwaiVGI/VideoAlign/prompt_template.py").write_text(template)
     return small
 
 
@@ -204,4 +279,15 @@ def pictures(seed: int = 0) -> list[Image.Image]:
         )
         noise = rng.integers(-30, 31, (height, width, 3))
         out.append(Image.fromarray(np.clip(np.asarray(coarse).astype(int) + noise, 0, 255).astype(np.uint8)))
+    return out
+
+
+def videos(seed: int = 0) -> list[np.ndarray]:
+    """(F, H, W, 3) uint8 videos of several shapes: a smooth random field that drifts, with noise."""
+    rng, out = np.random.default_rng(seed), []
+    for frames, height, width in VIDEOS:
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        wide = np.asarray(coarse.resize((width + frames, height), Image.BILINEAR)).astype(int)
+        moving = np.stack([wide[:, i : i + width] for i in range(frames)])
+        out.append(np.clip(moving + rng.integers(-30, 31, moving.shape), 0, 255).astype(np.uint8))
     return out
