@@ -91,7 +91,7 @@ def velocity(policy, x: Tensor, step: Tensor, sampler: Sampler, cond: Cond, micr
 
 @torch.no_grad()
 def rollout(
-    policy, cond: Cond, forest: Forest, sampler: Sampler, rng, micro_batch: int = 0, keep_x0hat=False
+    policy, cond: Cond, forest: Forest, sampler: Sampler, rng, micro_batch: int = 0, keep_x0hat=False, store=None
 ) -> Rollout:
     """Sample a forest for every prompt, one transformer call a depth for all prompts and nodes (Eq. 1 and 2).
 
@@ -102,10 +102,12 @@ def rollout(
         rng: P generators, one a prompt, from `generators`.
         micro_batch: the most nodes in one transformer call; 0 is no limit.
         keep_x0hat: keep the clean estimate of every node, for drawing.
+        store: device that keeps the latents; by default the policy's.
     """
     shape, device = policy.latent_shape, next(iter(cond.values())).device
     x = torch.stack([torch.randn(forest.roots, *shape, generator=g) for g in rng]).to(device)  # (P, n_0, ...)
-    out = Rollout([x], [], [])
+    store = store or device
+    out = Rollout([x.to(store)], [], [])
     for i, k in enumerate(forest.children):
         nodes = x.flatten(0, 1)  # (P n_i, ...)
         step = torch.full((len(nodes),), i, device=device)
@@ -121,7 +123,7 @@ def rollout(
         else:
             children, logp = mean, torch.zeros(len(mean), device=device)
         x = children.unflatten(0, (len(rng), -1))  # (P, n_{i+1}, ...)
-        out.latents.append(x)
+        out.latents.append(x.to(store))
         out.logp_mean.append(logp.unflatten(0, (len(rng), -1)))
     return out
 
@@ -138,7 +140,7 @@ def sample_ode(policy, cond: Cond, sampler: Sampler, noise: Tensor, micro_batch:
 
 def credit(out: Rollout, forest: Forest, rewards: Tensor, beta: float, adv_clip: float) -> tuple[list, list]:
     """Fused rewards (T+1 tensors (P, n_d)) and edge advantages (T tensors (P, n_{i+1})) from leaf rewards (P, leaves)."""
-    fused = fuse(rewards.to(out.latents[0].device), out.path_logp(forest), forest, beta)
+    fused = fuse(rewards.to(out.logp_mean[0].device), out.path_logp(forest), forest, beta)
     fused = [f.cpu() for f in fused]
     return fused, depth_advantages(fused, adv_clip)
 
@@ -232,9 +234,10 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     Raises:
         NonFinite: on every process at once, before the optimiser steps.
     """
-    device = edges.x.device
+    device = next(iter(cond.values())).device  # the edges may lie elsewhere
     n_parents, n_edges = len(edges.x), len(edges.child)
-    total = accelerator.reduce(torch.stack([edges.weight.sum(), torch.tensor(float(n_parents), device=device)]), "sum")
+    total = torch.tensor([float(edges.weight.sum()), float(n_parents)], device=device)
+    total = accelerator.reduce(total, "sum")
     if not total[0]:  # on every process alike: a window may leave nothing to train
         return dict.fromkeys(("loss", "ratio_dev", "clip_frac", "kl", "grad_norm"), 0.0)
     size = o.micro_batch or n_parents
@@ -243,20 +246,23 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     optimizer.zero_grad(set_to_none=True)
     for a in range(0, n_parents, size):
         rows = slice(a, min(a + size, n_parents))
-        first, last = torch.searchsorted(edges.parent, torch.tensor([rows.start, rows.stop], device=device)).tolist()
-        e, at = slice(first, last), edges.parent[first:last] - rows.start
+        ends = torch.tensor([rows.start, rows.stop], device=edges.parent.device)
+        e = slice(*torch.searchsorted(edges.parent, ends).tolist())
+        x, step, prompt = (t[rows].to(device) for t in (edges.x, edges.step, edges.prompt))
+        child, advantage, logp_old = (t[e].to(device) for t in (edges.child, edges.advantage, edges.logp_old))
+        at, weight = (edges.parent[e] - rows.start).to(device), edges.weight[e].to(device)
         last_one = rows.stop == n_parents
         with nullcontext() if last_one else accelerator.no_sync(policy.transformer):  # DDP sums at the end
-            c = take_cond(cond, edges.prompt[rows])
-            v = velocity(policy, edges.x[rows], edges.step[rows], sampler, c)
-            mean, std = sampler.moments(edges.step[rows], edges.x[rows], v)
-            ratio = (gaussian_logp_mean(edges.child[e], mean[at], std[at], sampler.density) - edges.logp_old[e]).exp()
-            loss = (edges.weight[e] * clipped_loss(ratio, edges.advantage[e], o.clip)).sum() / total[0]
+            c = take_cond(cond, prompt)
+            v = velocity(policy, x, step, sampler, c)
+            mean, std = sampler.moments(step, x, v)
+            ratio = (gaussian_logp_mean(child, mean[at], std[at], sampler.density) - logp_old).exp()
+            loss = (weight * clipped_loss(ratio, advantage, o.clip)).sum() / total[0]
             kl = torch.zeros((), device=device)
             if o.kl:
                 with torch.no_grad():
-                    v_ref = policy.velocity(edges.x[rows], sampler.sigmas.to(v)[edges.step[rows]], c, reference=True)
-                    mean_ref, _ = sampler.moments(edges.step[rows], edges.x[rows], v_ref)
+                    v_ref = policy.velocity(x, sampler.sigmas.to(v)[step], c, reference=True)
+                    mean_ref, _ = sampler.moments(step, x, v_ref)
                 kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1).sum() / total[1]
             accelerator.backward((loss + o.kl * kl) * accelerator.num_processes)  # DDP averages over processes
         with torch.no_grad():

@@ -24,6 +24,9 @@ MAY_CHANGE = (
     "save_every",
     "device",
     "micro_batch",
+    "gradient_checkpointing",
+    "text_offload",
+    "tree_offload",
     "reward_offload",
 )  # between a run and its resumption
 
@@ -89,6 +92,7 @@ def parser(
     g("--lora", type=FROM_ZERO, default=0, help="LoRA rank, alpha = 2 rank; 0 trains all weights (Flow-GRPO: 64)")
     add_tree_flags(p.add_argument_group("tree").add_argument)
     add_learning_flags(p, reward)
+    add_memory_flags(p.add_argument_group("memory").add_argument)
     g = p.add_argument_group("run").add_argument
     g("--seed", type=FROM_ZERO, default=0, help="of prompts order and noise; held-out noises never change")
     g("--out", help="the run's folder; default: runs/METHOD-DATE")
@@ -97,8 +101,17 @@ def parser(
     g("--eval-size", type=COUNT, default=256, help="held-out prompt-noise pairs")
     g("--save-every", type=COUNT, default=100, help="iterations between checkpoints; the last two are kept")
     g("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
-    g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
     return p
+
+
+def add_memory_flags(g) -> None:
+    """What a model needs to fit; none but --dtype and --vae-tiling changes the result."""
+    g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
+    g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
+    g("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    g("--vae-tiling", action="store_true", help="decode in overlapping tiles")
+    g("--text-offload", action="store_true", help="encode all prompts first, then move the text encoders to the CPU")
+    g("--tree-offload", action="store_true", help="keep the tree's latents on the CPU")
 
 
 def add_tree_flags(g) -> None:
@@ -164,7 +177,6 @@ def add_learning_flags(p, reward: str) -> None:
     g("--max-grad-norm", type=NOT_NEGATIVE, default=1.0, help="0 = no clipping (field: 1; .01 cures collapses)")
     decay = number(float, 0, 1, below=True)
     g("--ema", type=decay, default=0.0, help="decay of the weights evaluated and saved; 0 = off (paper: .995)")
-    g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
 
 
 # ------------------------------------------------------------------------------------------------------------- resolve

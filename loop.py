@@ -191,7 +191,8 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     slots = range(acc.process_index * share, (acc.process_index + 1) * share)
     prompts = prompts_at(run.prompts, o.seed, iteration * o.prompts_per_iteration + slots.start, share)
     cond = policy.encode(prompts)
-    out = rollout(policy, cond, forest, sampler, generators(o.seed, iteration, slots), o.micro_batch)
+    store = "cpu" if o.tree_offload else None
+    out = rollout(policy, cond, forest, sampler, generators(o.seed, iteration, slots), o.micro_batch, store=store)
     row = {"seconds_rollout": lap()}
     pictures = policy.decode(out.latents[-1].flatten(0, 1))
     row["seconds_decode"] = lap()
@@ -269,7 +270,7 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     """A whole run from resolved options: rewards, policy, loop, pictures; prints the counts first, the document last.
 
     Args:
-        load_policy: called with dtype, device, guidance, lora, keep_reference; see policies.py.
+        load_policy: called with dtype, device, guidance, lora, keep_reference, checkpointing, tiling; see policies.py.
         shape: of one picture or video.
         prompts, heldout: from flags.load_prompts.
         finish: called with the Run at the end, on the main process; writes what people look at.
@@ -289,7 +290,10 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], torch.ones(1, *shape), setup)
     dtype = dtypes[o.dtype]
     trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
-    policy = load_policy(dtype=dtype, device=accelerator.device, **trained)
+    memory = {"checkpointing": o.gradient_checkpointing, "tiling": o.vae_tiling}
+    policy = load_policy(dtype=dtype, device=accelerator.device, **trained, **memory)
+    if o.text_offload:
+        policy.release_text([*prompts, *heldout])
     if main_process:
         keep_options(o)
     accelerator.wait_for_everyone()

@@ -68,14 +68,30 @@ class Policy:
         autocast: bf16 autocast around the transformer and the decoder.
         lora: rank of a LoRA on the attention projections (alpha = 2 rank, as in Flow-GRPO); 0 trains all weights.
         keep_reference: keep the untrained velocity at hand, for the KL term (free with LoRA, a copy without).
+        checkpointing: compute activations again in the backward pass instead of keeping them.
+        tiling: decode in overlapping tiles, which changes seams a little, and pictures of a batch one by one.
     """
 
     pipeline_class: type
     latent_shape: tuple[int, ...]
 
-    def __init__(self, pipe: DiffusionPipeline, device="cpu", autocast=False, lora=0, keep_reference=False):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        device="cpu",
+        autocast=False,
+        lora=0,
+        keep_reference=False,
+        checkpointing=False,
+        tiling=False,
+    ):
         self.pipe, self.device, self.autocast, self.lora = pipe, torch.device(device), autocast, lora
         pipe.set_progress_bar_config(disable=True)
+        if checkpointing:
+            pipe.transformer.enable_gradient_checkpointing()
+        if tiling:
+            pipe.vae.enable_tiling()
+            pipe.vae.enable_slicing()
         pipe.to(self.device)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -116,6 +132,13 @@ class Policy:
             self._encoded |= {p: {k: v[i].cpu() for k, v in cond.items()} for i, p in enumerate(new)}
         rows = [self._encoded[p] for p in prompts]
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+    def release_text(self, prompts: list[str]) -> None:
+        """Encode every prompt that will be needed, then move the text encoders to the CPU."""
+        self.encode(prompts)
+        for name, part in self.pipe.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to("cpu")
 
     def call(self, reference: bool, **inputs) -> Tensor:
         """The transformer, or with `reference` the untrained one, under autocast: its output in float32."""
@@ -199,7 +222,7 @@ class FluxPolicy(Policy):
         """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
         vae, pictures = self.pipe.vae, []
         for part in x.split(micro_batch):
-            z = self.pipe._unpack_latents(part, self.height, self.width, self.pipe.vae_scale_factor)
+            z = self.pipe._unpack_latents(part.to(self.device), self.height, self.width, self.pipe.vae_scale_factor)
             z = z / vae.config.scaling_factor + vae.config.shift_factor
             pictures.append((vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(pictures)
@@ -232,7 +255,7 @@ class WanPolicy(Policy):
         self.latent_shape = (
             pipe.transformer.config.in_channels, (frames - 1) // fold + 1, height // shrink, width // shrink,
         )  # fmt: skip
-        self.text_length = min(512, pipe.tokenizer.model_max_length)
+        self.text_length, self.pixels = min(512, pipe.tokenizer.model_max_length), frames * height * width
 
     def embed(self, prompts: list[str]) -> Cond:
         """UMT5 states (P, L, C), zero after the text; with guidance those of the empty prompt beside them."""
@@ -253,14 +276,15 @@ class WanPolicy(Policy):
         return without + self.guidance * (with_prompt - without)
 
     @torch.no_grad()
-    def decode(self, x: Tensor, micro_batch: int = 1) -> Tensor:
-        """Latents (B, *latent_shape) -> videos (B, F, 3, H, W) in [0, 1], float32 on the CPU; one by one, for memory."""
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents (B, *latent_shape) -> videos (B, F, 3, H, W) in [0, 1], float32 on the CPU; one by one, unless tiny."""
         vae, videos = self.pipe.vae, []
+        micro_batch = max(1, 2**17 // self.pixels)
         mean, std = (
-            torch.tensor(v, device=x.device).view(1, -1, 1, 1, 1)
+            torch.tensor(v, device=self.device).view(1, -1, 1, 1, 1)
             for v in (vae.config.latents_mean, vae.config.latents_std)
         )
         for part in x.split(micro_batch):
-            video = vae.decode((part * std + mean).to(vae.dtype)).sample.float()  # (b, 3, F, H, W)
+            video = vae.decode((part.to(self.device) * std + mean).to(vae.dtype)).sample.float()  # (b, 3, F, H, W)
             videos.append((video / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu())
         return torch.cat(videos)

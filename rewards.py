@@ -209,7 +209,7 @@ def motion(videos: Tensor, prompts: list[str]) -> Tensor:
 
     direction x smooth x still, where u_t is the flow between two frames, averaged with its own length as weight:
     direction  mean_t cos(u_t, wanted), 0 where slower than SLOW; for `still`: 1 at rest, 0 from 4 SLOW on
-    smooth     1 - mean_t |u_{t+1} - u_t| / (mean_t |u_t| + SLOW)
+    smooth     1 - mean_t |u_{t+1} - u_t| / (mean_t |u_t| + 4 SLOW)
     still      1 - 10 x mean change where nothing moves
     Each is exactly 1 within a tenth (smooth: a fifth) of its best, so that ties stay ties, as with colour.
     """
@@ -224,7 +224,7 @@ def motion(videos: Tensor, prompts: list[str]) -> Tensor:
         else:
             direction = 1 - float(fast.mean()) / (4 * slow)
         jerk = float(np.hypot(*np.diff(u, axis=0).T).mean()) if len(u) > 1 else 0.0
-        smooth = 1 - jerk / (float(fast.mean()) + slow)
+        smooth = 1 - jerk / (float(fast.mean()) + 4 * slow)
         still = 1 - 10 * still_change(grey, speed, slow)
         scores.append(min(1, max(0, direction) / 0.9) * min(1, max(0, smooth) / 0.8) * min(1, max(0, still) / 0.9))
     return torch.tensor(scores, dtype=torch.float32)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing import event_accumulator
 import loop
 import train_image
 from branchgrpo import Rollout, prune
+from policies import FluxPolicy
 from tree import make_forest
 
 HERE = Path(__file__).parent.parent
@@ -177,6 +179,24 @@ def test_ratio_on_the_full_tree(capsys, tmp_path, dtype, limit):
 
 
 METHODS = "branchgrpo branchgrpo-mix dancegrpo flowgrpo mixgrpo flowgrpo-fast tempflow"
+
+
+def test_memory_flags_leave_the_result_unchanged(finished, capsys, tmp_path):
+    flags = "--gradient-checkpointing --text-offload --tree-offload --micro-batch 3"
+    run(capsys, *flags.split(), "--out", tmp_path / "a")
+    for ours, plain in zip(rows(tmp_path / "a"), rows(finished[0]), strict=True):
+        for name in ("loss", "grad_norm", "heldout_reward", "reward_mean"):
+            if name in plain:
+                assert ours[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5), name
+
+
+def test_tiling_decodes_a_wide_picture_in_parts():
+    load = partial(FluxPolicy.load, str(HERE / "tiny/flux"), 64, 1024)
+    plain, tiled = load(), load(tiling=True)
+    z, widths = torch.randn(2, *plain.latent_shape, generator=torch.Generator().manual_seed(0)), []
+    tiled.pipe.vae.decoder.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[-1]))
+    assert tiled.decode(z).shape == plain.decode(z).shape == (2, 3, 64, 1024)
+    assert len(widths) > 4 and max(widths) < 128
 
 
 @pytest.mark.parametrize("method", METHODS.split())

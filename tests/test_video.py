@@ -2,23 +2,36 @@
 
 import json
 import random
+import resource
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 import loop
 import report
 import rewards as R
 import train_image
 import train_video
+from branchgrpo import Sampler, credit, gather, generators, prune, rollout, update
+from policies import WanPolicy
+from sde import sigma_schedule
 from tiny.make_tiny_wan import COLOURS, MOTIONS, SHAPES, build, combinations, draw, prompt
+from tree import make_forest
 
 HERE = Path(__file__).parent.parent
+WAN_1_3B = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
+WAN_1_3B |= {"text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "cross_attn_norm": True}
+WAN_1_3B |= {"qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024, "patch_size": (1, 2, 2)}
 ROWS = st.tuples(st.sampled_from(COLOURS), st.sampled_from(SHAPES), st.sampled_from(list(MOTIONS)))
 OPPOSITE = {
     "moves left": "moves right",
@@ -155,3 +168,42 @@ def test_the_image_script_refuses_video(wan, capsys, tmp_path):
         with pytest.raises(SystemExit) as stop:
             train_image.main([*flags, "--out", str(tmp_path / "a")])
         assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def gibibytes() -> float:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@pytest.mark.slow
+def test_wan_1_3b_at_full_width_and_depth(tmp_path):
+    """Wan2.1-T2V-1.3B's transformer, random weights: a tree and a LoRA update on the CPU. Text encoder and VAE are stand-ins."""
+    official = WanTransformer3DModel(**WAN_1_3B)
+    assert sum(p.numel() for p in official.parameters()) == 1_418_996_800
+    text = UMT5Config(vocab_size=384, d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=2, dropout_rate=0.0)
+    pipe = WanPipeline(
+        tokenizer=ByT5Tokenizer(extra_ids=0, model_max_length=40),
+        text_encoder=UMT5EncoderModel(text),
+        vae=AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 4, 4], num_res_blocks=1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=official,
+    )
+    policy = WanPolicy(pipe, 64, 64, 9, guidance=5.0, lora=8, checkpointing=True)
+    loaded = gibibytes()
+    forest, sampler = make_forest(4, 2, (0, 1)), Sampler(sigma_schedule(4, 3.0), "cps", 0.7)
+    cond, began = policy.encode(["a red circle moves left"]), time.perf_counter()
+    out = rollout(policy, cond, forest, sampler, generators(0, 0, range(1)), store="cpu")
+    videos = policy.decode(out.latents[-1].flatten(0, 1))
+    rolled = time.perf_counter()
+    assert videos.shape == (4, 9, 3, 64, 64) and videos.isfinite().all()
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]])
+    _, advantages = credit(out, forest, rewards, 1.0, 5.0)
+    edges = gather(out, forest, prune(forest, [rewards] * 5, None, None), advantages, torch.arange(1), "edge")
+    o = SimpleNamespace(clip=1e-4, kl=0.0, micro_batch=1, max_grad_norm=1.0)
+    log = update(policy, torch.optim.AdamW(policy.trainable()), Accelerator(cpu=True), edges, cond, sampler, o)
+    assert log["ratio_dev"] < 1e-5 and log["grad_norm"] > 0
+    assert all(p.shape[0] == 8 or p.shape[1] == 8 for p in policy.trainable())
+    print(
+        f"Wan2.1-1.3B, 9 frames of 64 x 64, guidance, 4 leaves: loaded {loaded:.1f} GiB, rollout and decoding"
+        f" {rolled - began:.0f} s, update of {len(edges.x)} parents {time.perf_counter() - rolled:.0f} s, peak {gibibytes():.1f} GiB"
+    )
