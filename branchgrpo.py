@@ -214,6 +214,15 @@ def gather(
     return Edges(**{name: torch.cat(parts).to(out.latents[0].device) for name, parts in columns.items()})
 
 
+def part(edges: Edges, rows: slice, device) -> Edges:
+    """The parents at `rows` and their edges, on the device that computes."""
+    ends = torch.tensor([rows.start, rows.stop], device=edges.parent.device)
+    e = slice(*torch.searchsorted(edges.parent, ends).tolist())
+    some = {name: getattr(edges, name)[rows if name in ("x", "step", "prompt") else e] for name in vars(edges)}
+    some["parent"] = some["parent"] - rows.start
+    return Edges(**{name: value.to(device) for name, value in some.items()})
+
+
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """PPO's clipped surrogate, negated (Eq. 5): -min(rho A, clip(rho, 1-e, 1+e) A), elementwise (E,)."""
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -246,23 +255,20 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     optimizer.zero_grad(set_to_none=True)
     for a in range(0, n_parents, size):
         rows = slice(a, min(a + size, n_parents))
-        ends = torch.tensor([rows.start, rows.stop], device=edges.parent.device)
-        e = slice(*torch.searchsorted(edges.parent, ends).tolist())
-        x, step, prompt = (t[rows].to(device) for t in (edges.x, edges.step, edges.prompt))
-        child, advantage, logp_old = (t[e].to(device) for t in (edges.child, edges.advantage, edges.logp_old))
-        at, weight = (edges.parent[e] - rows.start).to(device), edges.weight[e].to(device)
+        p = part(edges, rows, device)
         last_one = rows.stop == n_parents
         with nullcontext() if last_one else accelerator.no_sync(policy.transformer):  # DDP sums at the end
-            c = take_cond(cond, prompt)
-            v = velocity(policy, x, step, sampler, c)
-            mean, std = sampler.moments(step, x, v)
-            ratio = (gaussian_logp_mean(child, mean[at], std[at], sampler.density) - logp_old).exp()
-            loss = (weight * clipped_loss(ratio, advantage, o.clip)).sum() / total[0]
+            c = take_cond(cond, p.prompt)
+            v = velocity(policy, p.x, p.step, sampler, c)
+            mean, std = sampler.moments(p.step, p.x, v)
+            logp = gaussian_logp_mean(p.child, mean[p.parent], std[p.parent], sampler.density)
+            ratio = (logp - p.logp_old).exp()
+            loss = (p.weight * clipped_loss(ratio, p.advantage, o.clip)).sum() / total[0]
             kl = torch.zeros((), device=device)
             if o.kl:
                 with torch.no_grad():
-                    v_ref = policy.velocity(x, sampler.sigmas.to(v)[step], c, reference=True)
-                    mean_ref, _ = sampler.moments(step, x, v_ref)
+                    v_ref = policy.velocity(p.x, sampler.sigmas.to(v)[p.step], c, reference=True)
+                    mean_ref, _ = sampler.moments(p.step, p.x, v_ref)
                 kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1).sum() / total[1]
             accelerator.backward((loss + o.kl * kl) * accelerator.num_processes)  # DDP averages over processes
         with torch.no_grad():

@@ -59,7 +59,9 @@ def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, 
     """A sheet of pairs: above before, below after, (B, 3, H, W) each."""
     rows = -(-len(prompts) // columns)
     aspect = before.shape[-2] / before.shape[-1]
-    fig, axes = plt.subplots(2 * rows, columns, figsize=(2 * columns, rows * (4 * aspect + 0.45)), squeeze=False)
+    width = min(6.5, max(2, 0.7 / aspect))  # inches
+    size = (width * columns, rows * (2 * width * aspect + 0.45))
+    fig, axes = plt.subplots(2 * rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.set_xticks([]), ax.set_yticks([])
         ax.axis("off")
@@ -74,7 +76,6 @@ def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, 
                 ax.set_ylabel(("before", "after")[k], color=colour)
         axes[2 * row, column].set_title("\n".join(textwrap.wrap(prompt, 30)[:3]), fontsize=9)
     fig.suptitle("Held-out prompts, the same noise, before and after")
-    fig.tight_layout()
     fig.savefig(path, dpi=100)
     plt.close(fig)
 

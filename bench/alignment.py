@@ -31,9 +31,7 @@ ARMS = {
     "BranchGRPO + width": "--method branchgrpo --width-prune",
     "BranchGRPO-Mix, splits alone": "--method branchgrpo-mix --mix 0",
 }
-STEPS = [("dance", eta) for eta in (0.4, 0.8, 1.6, 2.4)] + [("cps", eta) for eta in (0.3, 0.5, 0.7, 0.85)]
-GRID = [(sde, eta, lr) for sde, eta in STEPS for lr in (5e-5, 1e-4, 2e-4)]
-FINALISTS = len(GRID) // 6  # cells of the grid that run at full length
+STEPS = "dance:0.4 dance:0.8 dance:1.6 dance:2.4 cps:0.3 cps:0.5 cps:0.7 cps:0.85"
 
 
 def flags_of(setting: tuple) -> list[str]:
@@ -41,9 +39,9 @@ def flags_of(setting: tuple) -> list[str]:
     return [text for name, value in zip(("--sde", "--eta", "--lr"), setting) for text in (name, str(value))]
 
 
-def run(folder: Path, flags: list[str]) -> list[dict]:
+def run(folder: Path, flags: list[str], script: str) -> list[dict]:
     """One training run in its own process on one thread, kept under `folder`; returns its metric rows."""
-    command = [sys.executable, str(ROOT / "train_image.py"), *flags, "--out", str(folder), "--save-every", "1000000"]
+    command = [sys.executable, str(ROOT / script), *flags, "--out", str(folder), "--save-every", "1000000"]
     if not (folder / "model").exists():  # the last thing a run writes
         subprocess.run(["rm", "-rf", str(folder)], check=True)
         env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -59,20 +57,21 @@ def seconds_an_iteration(arms: list[str], tuned: dict, o, rounds: int = 3) -> di
     for i in range(rounds):
         for arm in arms:
             flags = [*ARMS[arm].split(), *flags_of(tuned[arm]["setting"]), *o.shared, "--eval-size", "8"]
-            rows = run(o.out / f"time/{arm}-{i}".replace(" ", "_"), [*flags, "--iterations", "9"])
+            rows = run(o.out / f"time/{arm}-{i}".replace(" ", "_"), [*flags, "--iterations", "9"], o.script)
             seconds[arm].append(np.mean([row["seconds_rollout"] + row["seconds_train"] for row in rows[2:]]))
     return {arm: float(np.median(values)) for arm, values in seconds.items()}
 
 
 def curve(rows: list[dict], an_iteration: float = 0.0) -> dict[str, list[float]]:
-    """Held-out reward, exact match and colour against cumulated policy seconds, model evaluations and updates."""
-    out = {k: [] for k in ("iteration", "seconds", "nfe", "reward", "exact", "ocr", "colour")}
+    """Every held-out score against cumulated policy seconds, model evaluations and updates."""
+    scores = [k for k in rows[0] if k.startswith("heldout_")]
+    out = {k.removeprefix("heldout_"): [] for k in ("iteration", "seconds", "nfe", *scores)}
     nfe = 0
     for row in rows:
         nfe += row.get("nfe", 0)
         if "heldout_reward" in row:
-            values = [row[f"heldout_{k}"] for k in ("reward", "exact", "ocr", "colour")]
-            for key, value in zip(out, [row["iteration"], row["iteration"] * an_iteration, nfe, *values]):
+            values = [row["iteration"], row["iteration"] * an_iteration, nfe, *(row[k] for k in scores)]
+            for key, value in zip(out, values):
                 out[key].append(value)
     return out
 
@@ -88,15 +87,17 @@ def seconds_to(c: dict, mark: float) -> float | None:
 
 
 def tune(arm: str, o, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
-    """Successive halving over the grid on tuning prompts: all cells for a third, the best sixth at full length."""
+    """Successive halving over the grid on tuning prompts: all cells for a third, the best four at full length."""
     files = ["--prompts", str(o.out / "tune_train.txt"), "--eval-prompts", str(o.out / "tune_heldout.txt")]
-    cells, record = GRID, []
-    for iterations, keep in ((o.iterations // 3, FINALISTS), (o.iterations, 1)):
+    cells, record = o.grid, []
+    for iterations, keep in ((o.iterations // 3, 4), (o.iterations, 1)):
 
         def cell(setting, iterations=iterations):
             flags = [*ARMS[arm].split(), *flags_of(setting), "--seed", "1000", *files, *o.shared]
             name = "tune/{}/{}-{}-{}-{}".format(arm, iterations, *setting).replace(" ", "_")
-            rows = run(o.out / name, [*flags, "--iterations", str(iterations), "--eval-every", str(iterations // 2)])
+            rows = run(
+                o.out / name, [*flags, "--iterations", str(iterations), "--eval-every", str(iterations // 2)], o.script
+            )
             bar.update()
             return curve(rows)["reward"][-1]
 
@@ -121,7 +122,7 @@ def compare(results: dict, seeds: list[int]) -> dict:
         median = float(np.median(found))
         table[arm] = {
             "final_reward": finals,
-            "final_exact": [float(np.mean(c["exact"][-3:])) for c in arm_curves],
+            "final_scores": {k: [float(np.mean(c[k][-3:])) for c in arm_curves] for k in list(arm_curves[0])[4:]},
             "seconds_an_update": per_update,
             "share_of_dance_seconds": shares,
             "median_share": median if np.isfinite(median) else None,
@@ -137,15 +138,21 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), help="DanceGRPO is always run")
     parser.add_argument("--flags", default="--leaves 8 --prompts-per-iteration 8 --lr-end 1", help="of all arms")
+    parser.add_argument("--steps", nargs="*", default=STEPS.split(), metavar="KIND:ETA", help="of the grid")
+    parser.add_argument("--lrs", nargs="*", type=float, default=[5e-5, 1e-4, 2e-4], help="of the grid")
+    parser.add_argument("--video", action="store_true", help="train_video.py instead of train_image.py")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/alignment", help="where the runs are kept")
     o = parser.parse_args()
-    o.shared, o.out = o.flags.split(), o.out.resolve()
+    o.shared, o.out, o.script = o.flags.split(), o.out.resolve(), "train_video.py" if o.video else "train_image.py"
+    o.grid = [(kind, float(eta), lr) for kind, eta in (x.split(":") for x in o.steps) for lr in o.lrs]
     o.out.mkdir(parents=True, exist_ok=True)
-    lines = (ROOT / "tiny/prompts_train.txt").read_text().splitlines(keepends=True)
-    (o.out / "tune_train.txt").write_text("".join(lines[:-256]))
-    (o.out / "tune_heldout.txt").write_text("".join(lines[-256:]))
+    lines = (ROOT / f"tiny/{'video' if o.video else 'prompts'}_train.txt").read_text().splitlines(keepends=True)
+    np.random.default_rng(0).shuffle(lines)
+    n = min(256, len(lines) // 4)
+    (o.out / "tune_train.txt").write_text("".join(lines[:-n]))
+    (o.out / "tune_heldout.txt").write_text("".join(lines[-n:]))
     arms = list(dict.fromkeys(["DanceGRPO", *o.arms]))
-    total = len(arms) * (len(GRID) + FINALISTS + o.seeds)
+    total = len(arms) * (len(o.grid) + min(4, len(o.grid)) + o.seeds)
     with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=total, desc="runs", file=sys.stderr) as bar:
         tuned = {arm: tune(arm, o, pool, bar) for arm in arms}
 
@@ -153,7 +160,7 @@ def main() -> None:
             seed, arm = task
             flags = [*ARMS[arm].split(), *flags_of(tuned[arm]["setting"]), *o.shared]
             flags += ["--seed", str(seed), "--iterations", str(o.iterations), "--eval-every", "5"]
-            rows = run(o.out / f"{arm}-{seed}".replace(" ", "_"), flags)
+            rows = run(o.out / f"{arm}-{seed}".replace(" ", "_"), flags, o.script)
             bar.update()
             return rows
 
@@ -162,13 +169,10 @@ def main() -> None:
     alone = seconds_an_iteration(arms, tuned, o)
     results = {arm: [curve(rows, alone[arm]) for (_, a), rows in zip(tasks, runs) if a == arm] for arm in arms}
     table = compare(results, list(range(o.seeds)))
-    print(
-        f"{'arm':<30} {'steps, eta, lr':>22} {'reward':>8} {'exact':>7} {'s/update':>9} {'share of Dance seconds':>24}"
-    )
+    print(f"{'arm':<30} {'steps, eta, lr':>22} {'reward':>8} {'s/update':>9} {'share of Dance seconds':>24}")
     for arm, row in table.items():
         share = "not reached" if row["median_share"] is None else f"{row['median_share']:.3f}"
-        means = [np.mean(row[k]) for k in ("final_reward", "final_exact", "seconds_an_update")]
-        numbers = f"{means[0]:8.3f} {means[1]:7.3f} {means[2]:9.3f} {share:>24}"
+        numbers = f"{np.mean(row['final_reward']):8.3f} {np.mean(row['seconds_an_update']):9.3f} {share:>24}"
         print(f"{arm:<30} {' '.join(map(str, tuned[arm]['setting'])):>22} {numbers}")
     document = {
         "arguments": vars(o) | {"out": "", "shared": o.shared},
@@ -176,7 +180,7 @@ def main() -> None:
         "table": table,
         "curves": results,
     }
-    path = ROOT / "bench/results/alignment.json"
+    path = ROOT / f"bench/results/alignment{'_video' if o.video else ''}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(document, indent=1))
     print(json.dumps({"table": table}))
