@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from policies import Cond, repeat_cond, take_cond
-from sde import branch_noise, gaussian_logp_mean, step_moments
+from sde import branch_noise, gaussian_logp_mean, second_order, step_moments
 from tree import Forest, both, depth_advantages, drop_window, fuse, keep_chosen, keep_extreme, keep_parent_top1
 
 
@@ -35,13 +35,17 @@ class NonFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampler:
-    """What defines a transition: sigmas (T+1,) float64, the step's kind, its noise strength eta, branch noise s, density."""
+    """What defines a transition: sigmas (T+1,) float64, the step's kind, its noise strength eta, branch noise s, density.
+
+    flash: the tail of a rollout, after its last stochastic step, takes second-order steps.
+    """
 
     sigmas: Tensor
     kind: str
     eta: float
     s: float = 4.0
     density: str = "true"
+    flash: bool = False
 
     def moments(self, step: Tensor, x: Tensor, v: Tensor, stochastic: bool = True) -> tuple[Tensor, Tensor]:
         """Mean (B, ...) and std (B, 1, ..., 1) of the next latent; step (B,) may differ from row to row."""
@@ -106,15 +110,18 @@ def rollout(
     """
     shape, device = policy.latent_shape, next(iter(cond.values())).device
     x = torch.stack([torch.randn(forest.roots, *shape, generator=g) for g in rng]).to(device)  # (P, n_0, ...)
-    store = store or device
+    store, x0hat = store or device, None
     out = Rollout([x.to(store)], [], [])
     for i, k in enumerate(forest.children):
         nodes = x.flatten(0, 1)  # (P n_i, ...)
         step = torch.full((len(nodes),), i, device=device)
         v = velocity(policy, nodes, step, sampler, repeat_cond(cond, x.shape[1]), micro_batch)
         mean, std = sampler.moments(step, nodes, v, forest.stochastic(i))
+        before, x0hat = x0hat, nodes - sampler.sigmas[i].item() * v
         if keep_x0hat:
-            out.x0hat.append((nodes - sampler.sigmas[i].item() * v).unflatten(0, x.shape[:2]))
+            out.x0hat.append(x0hat.unflatten(0, x.shape[:2]))
+        if sampler.flash and forest.last_stochastic + 1 < i < forest.steps - 1:  # its first and last steps stay Euler
+            mean = second_order(nodes, x0hat, before, sampler.sigmas[i - 1 : i + 2].tolist())
         if forest.stochastic(i):
             mean, std = mean.repeat_interleave(k, 0), std.repeat_interleave(k, 0)  # (P n_{i+1}, ...)
             noise = torch.cat([branch_noise(x.shape[1], k, shape, sampler.s, g) for g in rng]).to(device)

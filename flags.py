@@ -129,6 +129,12 @@ def add_tree_flags(g) -> None:
     g("--width-prune", type=text_or_number, nargs="?", const="parent-top1", help="parent-top1 or extreme-B")
     g("--depth-prune", type=COUNT, nargs="?", const=BARE, help="window of dropped steps; bare: T/4 (paper: 5 of 20)")
     g("--depth-every", type=COUNT, help="iterations a window step; default: sweep once (paper: 30)")
+    g(
+        "--flash",
+        type=COUNT,
+        metavar="N",
+        help="walk the tail, after the last noise, in N second-order steps; default: all",
+    )
     g("--depth-stop", type=FROM_ZERO, help="step at which the window's end stays; default: the last stochastic one")
 
 
@@ -236,6 +242,8 @@ def check_windows(o) -> None:
         )
     if o.width_prune == "parent-top1" and not o.splits:
         raise ValueError("--width-prune parent-top1 needs a split, and these --leaves and --roots leave none")
+    if o.flash and o.flash >= o.steps:
+        raise ValueError(f"--flash must be below --steps ({o.steps}), got {o.flash}")
     if isinstance(o.width_prune, int) and not 1 <= o.width_prune <= o.leaves // 2:
         raise ValueError(f"--width-prune extreme-B needs 1 <= B <= leaves / 2 = {o.leaves // 2}, got {o.width_prune}")
 

@@ -57,10 +57,12 @@ class Run:
         """The run's folder."""
         return Path(self.o.out)
 
-    def sampler(self) -> Sampler:
-        """The transitions of this run's options."""
+    def sampler(self, sigmas: Tensor | None = None) -> Sampler:
+        """The transitions of this run's options: of an iteration with its own noise levels, by default of evaluation."""
         o = self.o
-        return Sampler(sigma_schedule(o.steps, o.shift), o.sde, o.eta, noise_sharing(o), o.cps_density)
+        if sigmas is None:
+            sigmas = sigma_schedule(o.steps, o.shift)
+        return Sampler(sigmas, o.sde, o.eta, noise_sharing(o), o.cps_density, o.flash is not None)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -186,8 +188,8 @@ def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tens
 def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     """One iteration: roll out, score, credit, prune, update; returns its row of metrics, and what histograms show."""
     o, acc, policy = run.o, run.accelerator, run.policy
-    todo, sampler, lap = plan(o, iteration), run.sampler(), stopwatch(acc.device)
-    forest, share = todo.forest, o.prompts_per_iteration // acc.num_processes
+    todo, lap = plan(o, iteration), stopwatch(acc.device)
+    sampler, forest, share = run.sampler(todo.sigmas), todo.forest, o.prompts_per_iteration // acc.num_processes
     slots = range(acc.process_index * share, (acc.process_index + 1) * share)
     prompts = prompts_at(run.prompts, o.seed, iteration * o.prompts_per_iteration + slots.start, share)
     cond = policy.encode(prompts)

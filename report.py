@@ -145,7 +145,7 @@ def tree(run, path: Path) -> None:
     """Roll out the first held-out prompt's forest as in the last iteration, score it, and draw it with its credit."""
     o, policy = run.o, run.policy
     todo, prompt = plan(o, max(0, o.iterations - 1)), run.heldout[0]
-    forest, sampler = todo.forest, run.sampler()
+    forest, sampler = todo.forest, run.sampler(todo.sigmas)
     noise = generators(TREE_KEY, 0, range(1))
     out = rollout(policy, policy.encode([prompt]), forest, sampler, noise, o.micro_batch, keep_x0hat=True)
     levels = [x[0] for x in [*out.x0hat, out.latents[-1]]]  # (n_d, *latent) each

@@ -13,7 +13,7 @@
 Direction of time: step 0 is the noisiest. An iteration is one rollout of all its prompts; windows slide with it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from tree import Forest, depth_window_range, make_forest, mix_window_range, wind
 
 @dataclass(frozen=True)
 class Plan:
-    """What one iteration does: the forest, the steps that may be trained, the depth window (start, width), loss factors."""
+    """What one iteration does: forest, noise levels, steps that may be trained, depth window (start, width), loss factors."""
 
     forest: Forest
+    sigmas: torch.Tensor = field(compare=False)
     trained_steps: frozenset[int]
     depth: tuple[int, int] | None
     step_weight: list[float] | None
@@ -99,14 +100,18 @@ def plan(o, iteration: int) -> Plan:
     """
     rng = np.random.default_rng([o.seed, iteration, 1])
     forest = METHODS[o.method](o, iteration, rng)
-    stochastic = [i for i in range(o.steps) if forest.stochastic(i)]
+    sigmas = sigma_schedule(o.steps, o.shift)
+    if o.flash:
+        k, forest = forest.last_stochastic + 1, forest.with_tail(o.flash)
+        sigmas = sigma_schedule(o.steps, o.shift, (k, forest.steps - k))
+    stochastic = [i for i in range(forest.steps) if forest.stochastic(i)]
     n = int(np.ceil(o.timestep_fraction * len(stochastic) - 1e-9))
     trained = frozenset(int(i) for i in rng.permutation(stochastic)[:n])
     depth = None
     if o.depth_prune is not None:
         first, last = depth_window_range(forest, o.depth_prune, o.depth_stop)
         depth = (window_start(first, last, iteration, o.iterations, o.depth_every), o.depth_prune)
-    return Plan(forest, trained, depth, step_std_weights(o) if o.method == "tempflow" else None)
+    return Plan(forest, sigmas, trained, depth, step_std_weights(o) if o.method == "tempflow" else None)
 
 
 def step_std_weights(o) -> list[float]:

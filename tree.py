@@ -74,6 +74,11 @@ class Forest:
         return max(self.splits, default=-1)
 
     @property
+    def last_stochastic(self) -> int:
+        """The last step that draws noise, -1 if none does; what follows is an ODE, the tail."""
+        return max((i for i in range(self.steps) if self.stochastic(i)), default=-1)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """(T+1,) nodes of one prompt at each depth: n_0 = roots, n_{d+1} = n_d children[d]."""
         sizes = [self.roots]
@@ -89,6 +94,11 @@ class Forest:
     def stochastic(self, step: int) -> bool:
         """True where the step draws noise; never at the last one, whose noise would not reach the reward."""
         return self.chosen[step] and step < self.steps - 1
+
+    def with_tail(self, n: int) -> "Forest":
+        """The same forest with at most n steps in its tail."""
+        steps = min(self.steps, self.last_stochastic + 1 + n)
+        return Forest(self.roots, self.children[:steps], self.chosen[:steps])
 
     def parents(self, step: int) -> Tensor:
         """(n_{step+1},) index at depth `step` of every child's parent."""

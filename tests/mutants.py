@@ -25,6 +25,8 @@ MUTANTS = [
     ("sde", "return x + v * dt + score_drift * dt, eta", "return x + v * dt - score_drift * dt, eta"),
     ("sde", "score_drift * dt, eta * (-dt).sqrt()", "score_drift * dt, eta * -dt"),
     ("sde", "v_scale = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt", "v_scale = dt"),
+    ("sde", "(c - b) / (2 * (b - a))", "(b - a) / (2 * (c - b))"),
+    ("sde", "target + sigmas[2] / sigmas[1] * (x - target)", "target + sigmas[1] / sigmas[2] * (x - target)"),
     ("sde", "1 - torch.where(sigma >= 1, sigma_1, sigma)", "1 - torch.where(sigma >= 1, 0.99, sigma)"),
     ("sde", "(sigma_next**2 - std**2).sqrt()", "(sigma_next - std)"),
     ("sde", "x1hat = x - sigma * v, x + (1 - sigma) * v", "x1hat = x - sigma * v, x + (1 - sigma_next) * v"),

@@ -9,10 +9,13 @@ import oracle
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import DPMSolverMultistepScheduler
 
 import branchgrpo
 from branchgrpo import NonFinite, Sampler, clipped_loss, credit, gather, generators, prune, rollout, sample_ode, update
-from sde import branch_noise, sigma_schedule, step_moments
+from policies import repeat_cond
+from schedules import plan
+from sde import branch_noise, second_order, sigma_schedule, step_moments
 from tree import keep_chosen, make_forest
 
 SHAPE = (3, 2)
@@ -157,6 +160,53 @@ FORESTS = [
     {"splits": (), "roots": 3},
     {"splits": (2,), "branch": 4, "chosen": {2, 3, 4}},
 ]
+
+
+@pytest.mark.parametrize("tail, splits", [(1, (0, 2)), (2, (0, 2)), (3, (0,)), (5, (0, 1))])
+def test_the_tail_is_dpm_solver_of_diffusers(tail, splits):
+    """Each leaf's walk after the last noise, by diffusers' DPMSolverMultistepScheduler on our noise levels."""
+    o = SimpleNamespace(method="branchgrpo-mix", steps=10, branch=2, splits=splits, roots=1, mix=0, mix_every=None)
+    for name, value in (("iterations", 9), ("seed", 0), ("timestep_fraction", 1.0), ("depth_prune", None)):
+        setattr(o, name, value)
+    o.flash, o.shift = tail, 3.0
+    todo, policy = plan(o, 0), Toy()
+    k, forest = splits[-1] + 1, todo.forest
+    assert forest.steps == k + tail and forest.leaves == 2 ** len(splits)
+    torch.testing.assert_close(todo.sigmas[: k + 1], sigma_schedule(10, 3.0)[: k + 1])
+    u = todo.sigmas[k:] / (3 - 2 * todo.sigmas[k:])  # undo the shift: the tail's steps are even
+    assert u.diff().std() < 1e-12 or tail == 1
+    sampler = Sampler(todo.sigmas, "cps", 0.7, flash=True)
+    out = rollout(policy, policy.encode(PROMPTS), forest, sampler, generators(0, 0, range(3)))
+    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    solver.set_timesteps(tail)
+    solver.sigmas = todo.sigmas[k:].float()
+    x = out.latents[k].flatten(0, 1)
+    cond = repeat_cond(policy.encode(PROMPTS), forest.leaves)
+    for i, t in enumerate(solver.timesteps):
+        v = policy.velocity(x, todo.sigmas[k + i].float().expand(len(x)), cond)
+        x = solver.step(v, t, x).prev_sample
+        torch.testing.assert_close(out.latents[k + i + 1].flatten(0, 1), x, atol=2e-6, rtol=1e-5)
+
+
+def test_second_order_steps_are_nearer_to_the_fine_walk_than_euler():
+    policy, x0 = Toy(), torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    cond = policy.encode(PROMPTS)
+
+    def walk(steps, better):
+        sigmas, x, before = torch.linspace(0.9, 0, steps + 1), x0, None
+        for i in range(steps):
+            v = policy.velocity(x, sigmas[i].expand(3), cond)
+            x0hat = x - sigmas[i] * v
+            if better and 0 < i < steps - 1:
+                x = second_order(x, x0hat, before, sigmas[i - 1 : i + 2].tolist())
+            else:
+                x = x + v * (sigmas[i + 1] - sigmas[i])
+            before = x0hat
+        return x
+
+    exact = walk(4000, False)
+    ends = {better: (walk(12, better) - exact).abs().max() for better in (False, True)}
+    assert ends[True] < ends[False] / 2
 
 
 @pytest.mark.parametrize("changed", FORESTS)

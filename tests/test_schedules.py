@@ -28,6 +28,7 @@ def options(method, **changed):
         "iterations": 300,
         "seed": 0,
         "timestep_fraction": 1.0,
+        "flash": None,
         "depth_prune": None,
         "depth_stop": None,
         "depth_every": None,
