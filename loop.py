@@ -272,9 +272,7 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     """A whole run from resolved options: rewards, policy, loop, pictures; prints the counts first, the document last.
 
     Args:
-        load_policy: called with dtype, device, guidance, lora, keep_reference, checkpointing, tiling; see policies.py.
-        shape: of one picture or video.
-        prompts, heldout: from flags.load_prompts.
+        load_policy, shape, prompts, heldout: see `prepare`.
         finish: called with the Run at the end, on the main process; writes what people look at.
 
     Raises:
@@ -287,41 +285,45 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     o.out = broadcast_object_list([find_out(o) if main_process else None])[0]
     if main_process:
         print(describe(o, prompts, heldout), flush=True)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    setup = R.Setup(o.reward_weights, accelerator.device, dtypes[o.reward_dtype], o.reward_offload, o.reward_batch)
-    rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], torch.ones(1, *shape), setup)
-    dtype = dtypes[o.dtype]
-    trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
-    memory = {"checkpointing": o.gradient_checkpointing, "tiling": o.vae_tiling}
-    policy = load_policy(dtype=dtype, device=accelerator.device, **trained, **memory)
-    if o.text_offload:
-        policy.release_text([*prompts, *heldout])
+    run = prepare(o, accelerator, load_policy, shape, prompts, heldout)
     if main_process:
         keep_options(o)
     accelerator.wait_for_everyone()
-    run = start(o, accelerator, policy, prompts, heldout, rewards, weights)
+    if o.resume is not None and checkpoints(run.out):
+        load_checkpoint(run, checkpoints(run.out)[-1])
     train(run)
     if main_process:
         finish(run)
         print(json.dumps(summary(run)))
 
 
-def start(o, accelerator: Accelerator, policy, prompts, heldout, rewards, weights) -> Run:
-    """Optimiser, EMA and accelerate around a policy; with --resume, the newest checkpoint's state.
+def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], prompts, heldout) -> Run:
+    """Rewards, policy, optimiser and EMA from resolved options: a Run at iteration 0.
+
+    Args:
+        load_policy: called with dtype, device, guidance, lora, keep_reference, checkpointing, tiling; see policies.py.
+        shape: of one picture or video.
+        prompts, heldout: from flags.load_prompts.
 
     Raises:
-        ValueError: if the processes do not share the prompts or updates evenly.
+        ValueError: if the processes do not share the prompts or updates evenly, or rewards or policy cannot be loaded.
     """
     share = o.prompts_per_iteration / accelerator.num_processes
     if share % o.updates:
         n = accelerator.num_processes * o.updates
         raise ValueError(f"--prompts-per-iteration must be a multiple of processes x --updates = {n}")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    setup = R.Setup(o.reward_weights, accelerator.device, dtypes[o.reward_dtype], o.reward_offload, o.reward_batch)
+    rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], torch.ones(1, *shape), setup)
+    trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
+    memory = {"checkpointing": o.gradient_checkpointing, "tiling": o.vae_tiling}
+    policy = load_policy(dtype=dtypes[o.dtype], device=accelerator.device, **trained, **memory)
+    if o.text_offload:
+        policy.release_text([*prompts, *heldout])
     run = Run(o, accelerator, policy, prompts, heldout, rewards, weights)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=o.lr, weight_decay=o.weight_decay)
     run.ema = EMAModel(policy.trainable(), decay=o.ema) if o.ema else None
     policy.transformer, run.optimizer = accelerator.prepare(policy.transformer, optimizer)
-    if o.resume is not None and checkpoints(run.out):
-        load_checkpoint(run, checkpoints(run.out)[-1])
     return run
 
 

@@ -20,18 +20,27 @@ from branchgrpo import NonFinite
 from policies import FluxPolicy
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, resolve, train, report."""
+def job(argv: list[str] | None = None) -> tuple:
+    """What the flags ask for: the arguments of `loop.prepare`, its accelerator apart.
+
+    Raises:
+        ValueError: one sentence.
+    """
     tiny = flags.HERE / "tiny"
     parser = flags.parser(__doc__.splitlines()[0], str(tiny / "flux"), height=32, width=64, reward="ocr:1,colour:1")
     o = parser.parse_args(argv)
+    flags.resolve(o)
+    prompts, heldout = flags.load_prompts(o, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
+    policy = partial(FluxPolicy.load, o.model, o.height, o.width)
+    return o, policy, (3, o.height, o.width), prompts, heldout
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, resolve, train, report."""
     try:
-        flags.resolve(o)
-        prompts, heldout = flags.load_prompts(o, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
-        policy = partial(FluxPolicy.load, o.model, o.height, o.width)
-        loop.main(o, policy, (3, o.height, o.width), prompts, heldout, report.write)
+        loop.main(*job(argv), report.write)
     except (ValueError, NonFinite) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"train_image.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

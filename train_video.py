@@ -21,19 +21,28 @@ from branchgrpo import NonFinite
 from policies import WanPolicy
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, resolve, train, report."""
+def job(argv: list[str] | None = None) -> tuple:
+    """What the flags ask for: the arguments of `loop.prepare`, its accelerator apart.
+
+    Raises:
+        ValueError: one sentence.
+    """
     tiny = flags.HERE / "tiny"
     parser = flags.parser(__doc__.splitlines()[0], str(tiny / "wan"), 32, 32, "motion:1,colour:1", guidance=1.0)
     parser.add_argument("--frames", type=flags.COUNT, default=9, help="of a video, 4k + 1 (Wan2.1: 81)")
     o = parser.parse_args(argv)
+    flags.resolve(o)
+    prompts, heldout = flags.load_prompts(o, tiny / "video_train.txt", tiny / "video_heldout.txt")
+    policy = partial(WanPolicy.load, o.model, o.height, o.width, o.frames)
+    return o, policy, (o.frames, 3, o.height, o.width), prompts, heldout
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, resolve, train, report."""
     try:
-        flags.resolve(o)
-        prompts, heldout = flags.load_prompts(o, tiny / "video_train.txt", tiny / "video_heldout.txt")
-        policy = partial(WanPolicy.load, o.model, o.height, o.width, o.frames)
-        loop.main(o, policy, (o.frames, 3, o.height, o.width), prompts, heldout, report.write)
+        loop.main(*job(argv), report.write)
     except (ValueError, NonFinite) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"train_video.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
