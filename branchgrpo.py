@@ -145,11 +145,13 @@ def sample_ode(policy, cond: Cond, sampler: Sampler, noise: Tensor, micro_batch:
     return x
 
 
-def credit(out: Rollout, forest: Forest, rewards: Tensor, beta: float, adv_clip: float) -> tuple[list, list]:
+def credit(
+    out: Rollout, forest: Forest, rewards: Tensor, beta: float, adv_clip: float, group=False
+) -> tuple[list, list]:
     """Fused rewards (T+1 tensors (P, n_d)) and edge advantages (T tensors (P, n_{i+1})) from leaf rewards (P, leaves)."""
     fused = fuse(rewards.to(out.logp_mean[0].device), out.path_logp(forest), forest, beta)
     fused = [f.cpu() for f in fused]
-    return fused, depth_advantages(fused, adv_clip)
+    return fused, depth_advantages(fused, adv_clip, group=group)
 
 
 def prune(forest: Forest, fused: list[Tensor], width: str | int | None, depth: tuple[int, int] | None) -> list[Tensor]:

@@ -166,6 +166,8 @@ def add_learning_flags(p, reward: str) -> None:
     g("--reward-offload", action="store_true", help="preference models wait on the CPU between scorings")
     g("--watch", default="auto", help="rewards to measure only; auto: ocr, colour, motion where all prompts allow")
     g("--fusion-beta", type=NOT_NEGATIVE, default=1.0, help="beta of Eq. 3; 0 = plain mean (paper: 1)")
+    normalised = "over the nodes of a depth (Eq. 4), or by the prompt's leaves as in GRPO"
+    g("--advantage", choices=("depth", "group"), default="depth", help=normalised)
     g("--adv-clip", type=POSITIVE, default=5.0, help="A_max (DanceGRPO: 5)")
     g("--loss-weight", choices=("edge", "path"), default="edge", help="see branchgrpo.gather (paper: edge)")
     g("--clip", type=number(float, 0, 1, above=True), default=1e-4, help="clip range of the ratio (DanceGRPO: 1e-4)")

@@ -178,9 +178,10 @@ def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tens
     """
     o, each = run.o, {name: s.unflatten(0, (-1, forest.leaves)) for name, s in scores.items()}  # (P, leaves)
     rewards = R.weighted_sum(each, run.weights)
+    how = (o.fusion_beta, o.adv_clip, o.advantage == "group")
     if o.reward_mix == "reward":
-        return rewards, *credit(out, forest, rewards, o.fusion_beta, o.adv_clip)
-    parts = [(w, credit(out, forest, each[name], o.fusion_beta, o.adv_clip)[1]) for name, w in run.weights.items()]
+        return rewards, *credit(out, forest, rewards, *how)
+    parts = [(w, credit(out, forest, each[name], *how)[1]) for name, w in run.weights.items()]
     summed = [sum(w * a[i] for w, a in parts).clamp(-o.adv_clip, o.adv_clip) for i in range(forest.steps)]
     return rewards, summed[-1:], summed
 

@@ -178,7 +178,7 @@ def effective_leaves(path_logp: Tensor, forest: Forest, beta: float) -> Tensor:
     return 1 / (path_weights(path_logp, forest.roots, beta) ** 2).sum(-1)
 
 
-def depth_advantages(fused: list[Tensor], clip: float = 5.0, eps: float = 1e-4) -> list[Tensor]:
+def depth_advantages(fused: list[Tensor], clip: float = 5.0, eps: float = 1e-4, group: bool = False) -> list[Tensor]:
     """Depth-wise advantages (Eq. 4): A_d(n) = (rbar(n) - mean_d) / (std_d + eps), clipped to +-clip.
 
     Mean and population std run over the nodes of one prompt at depth d; where std_d < 1e-6 the advantages are 0.
@@ -186,14 +186,16 @@ def depth_advantages(fused: list[Tensor], clip: float = 5.0, eps: float = 1e-4) 
     Args:
         fused: T+1 tensors (P, n_d) from `fuse`.
         clip: A_max > 0.
+        group: take mean and std of the prompt's leaves at every depth, as GRPO does, for comparison.
 
     Returns:
         T tensors (P, n_{i+1}): edge i takes its child's value.
     """
     advantages = []
     for r in fused[1:]:
-        std = r.std(1, correction=0, keepdim=True)
-        z = (r - r.mean(1, keepdim=True)) / (std + eps)
+        of = fused[-1] if group else r
+        std = of.std(1, correction=0, keepdim=True)
+        z = (r - of.mean(1, keepdim=True)) / (std + eps)
         advantages.append(torch.where(std < 1e-6, 0.0, z).clamp(-clip, clip))
     return advantages
 

@@ -341,7 +341,7 @@ def test_the_prompt_stream_is_a_permutation_each_epoch():
 def credit_mixed(scores, weights, mix, width=None):
     forest = make_forest(4, 2, (0, 1))
     out = Rollout([torch.zeros(2, n, 1) for n in forest.sizes], [torch.zeros(2, n) for n in forest.sizes[1:]], [])
-    o = SimpleNamespace(reward_mix=mix, fusion_beta=1.0, adv_clip=5.0)
+    o = SimpleNamespace(reward_mix=mix, fusion_beta=1.0, adv_clip=5.0, advantage="depth")
     run = SimpleNamespace(o=o, weights=weights)
     rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
     return rewards, advantages, prune(forest, ranking, width, None)

@@ -345,6 +345,17 @@ def advantages_of(shape, rewards, paths=None, beta=0.0, **kwargs):
 
 
 @many
+@given(shapes(), st.integers(0, 10**6))
+def test_group_advantages_average_the_z_scores_of_the_leaves_below(shape, seed):
+    forest, rng = make_forest(*shape), np.random.default_rng(seed)
+    rewards = rng.normal(size=(2, forest.leaves))
+    z = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
+    for a, n in zip(advantages_of(shape, rewards, clip=50.0, group=True), forest.sizes[1:], strict=True):
+        wanted = z.reshape(2, n, -1).mean(2) if forest.leaves > 1 else np.zeros((2, n))
+        np.testing.assert_allclose(a.numpy(), wanted, atol=1e-9)
+
+
+@many
 @given(shapes(), st.floats(-100, 100), st.floats(0, 2), st.integers(0, 10**6))
 def test_a_constant_added_to_all_rewards_changes_nothing(shape, constant, beta, seed):
     forest, rng = make_forest(*shape), np.random.default_rng(seed)

@@ -10,7 +10,7 @@ temporal folding and 16 channels, a UMT5 text encoder, FlowMatchEulerDiscreteSch
 2. Held out. 48 of the 240 combinations are set aside: no colour, shape or motion is new in them, but each combination is.
 3. Autoencoder. AutoencoderKLWan on random clips: mean squared error + |error|, the shape and its rim weighted tenfold, + a small KL term, without
    sampling; then the mean and std of each latent channel are written into its config, as Wan2.1 has them.
-4. Flow. As in make_tiny_flux.py: sigma follows the shift-3 schedule, the text encoder (bytes) is trained jointly; one prompt
+4. Flow. As in make_tiny_flux.py: sigma follows the shift-3 schedule, the text encoder (a token a word) is trained jointly; one prompt
    in ten is emptied, so that classifier-free guidance works.
 5. Loose captions. Half the training prompts name a random motion, as captions of real videos say little of it: colours and
    shapes are learnt, and that the motion is to be obeyed is left for RL.
@@ -32,8 +32,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from PIL import ImageColor
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
-from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -45,7 +49,8 @@ MOTIONS = {
     "moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1), "stays still": (0, 0),
 }  # fmt: skip
 FRAMES, SIZE, RADIUS, STEP = 9, 32, 5.5, 1.5  # pixels, and pixels a frame
-TEXT_LENGTH = 40
+WORDS = ["<pad>", "</s>", "<unk>", "a", "an", *COLOURS, *SHAPES, *dict.fromkeys(" ".join(MOTIONS).split())]
+TEXT_LENGTH = 8  # tokens: the longest prompt has 5 words and its end
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -103,13 +108,22 @@ def batch(rows: list[tuple], n: int, rng: random.Random) -> tuple[list[str], tor
 
 
 # --------------------------------------------------------------------------------------------------------------- models
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word that a prompt may have."""
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=TEXT_LENGTH, **special)
+
+
 def build() -> WanPipeline:
-    """A WanPipeline with random weights: 0.7M (VAE), 1.4M (transformer) and 0.4M (text) parameters."""
-    text = {"vocab_size": 384, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+    """A WanPipeline with random weights: 0.7M (VAE), 1.4M (transformer) and 0.3M (text) parameters."""
+    text = {"vocab_size": len(WORDS), "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
     near = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 32}
     blocks = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512}
     return WanPipeline(
-        tokenizer=ByT5Tokenizer(extra_ids=0, model_max_length=TEXT_LENGTH),
+        tokenizer=tokenizer(),
         text_encoder=UMT5EncoderModel(UMT5Config(**text, **near, dropout_rate=0.0)),
         vae=AutoencoderKLWan(base_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),

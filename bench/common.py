@@ -1,0 +1,123 @@
+"""What the benchmarks share: command line, resumable runs, a document with its provenance, intervals, figures.
+
+Every benchmark writes bench/results/NAME.json (arguments, versions, commit, machine, raw values) and draws NAME.png and NAME.svg
+from that file alone; its last line on stdout is the same JSON. `--smoke` runs it in seconds, into runs/smoke.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import diffusers  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from scipy import stats  # noqa: E402
+
+import loop  # noqa: E402
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777"]  # Okabe and Ito
+plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+plt.rcParams |= {"grid.alpha": 0.3, "svg.hashsalt": "branchgrpo", "figure.constrained_layout.use": True}
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Flags of every benchmark; the description is the first line of its docstring."""
+    p = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--smoke", action="store_true", help="in seconds, into runs/smoke: does it run?")
+    p.add_argument("--video", action="store_true", help="train_video.py instead of train_image.py")
+    p.add_argument("--flags", default="", help="of every run, as in --flags='--model FOLDER --reward hpsv2'")
+    p.add_argument("--threads", type=int, default=1, help="of torch, in this process and in each run")
+    return p
+
+
+def prepare(o, flags: str, **changes) -> loop.Run:
+    """A run in this process, ready for `loop.iterate`; options that no flag may have are set by `changes`."""
+    script = importlib.import_module("train_video" if o.video else "train_image")
+    options, *rest = script.job([*flags.split(), *o.flags.split()])
+    vars(options).update(changes)
+    torch.set_num_threads(o.threads)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return loop.prepare(options, Accelerator(cpu=options.device == "cpu"), *rest)
+
+
+def train(o, folder: Path, flags: list[str]) -> list[dict]:
+    """A whole run in a process of its own, kept under `folder` and not repeated; returns its metric rows."""
+    script = "train_video.py" if o.video else "train_image.py"
+    command = [
+        sys.executable,
+        str(ROOT / script),
+        *flags,
+        *o.flags.split(),
+        "--out",
+        str(folder),
+        "--save-every",
+        "1000000",
+    ]
+    if not (folder / "model").exists():  # the last thing a run writes
+        shutil.rmtree(folder, ignore_errors=True)
+        done = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": str(o.threads)}, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        for checkpoint in loop.checkpoints(folder):
+            shutil.rmtree(checkpoint)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def interval(values, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and Student's interval of independent values; of one value, that value."""
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, mean, mean
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    return mean, mean - half, mean + half
+
+
+def provenance(o) -> dict:
+    """Arguments, versions, commit and machine."""
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    machine = {"cores": os.cpu_count(), "threads": o.threads, "architecture": platform.machine()}
+    machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    libraries = (torch, diffusers, transformers, np)
+    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in libraries}
+    arguments = {k: v for k, v in vars(o).items() if not isinstance(v, Path)}
+    return {"arguments": arguments, "versions": versions, "commit": commit.stdout.strip(), "machine": machine}
+
+
+def folder(o) -> Path:
+    """Where results go."""
+    path = ROOT / ("runs/smoke" if o.smoke else "bench/results")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def finish(name: str, o, document: dict, draw) -> None:
+    """Write the document and its figure; the last line on stdout is the document."""
+    name += "_video" if o.video else ""
+    path = folder(o) / f"{name}.json"
+    path.write_text(json.dumps(provenance(o) | document, indent=1))
+    document = json.loads(path.read_text())
+    figure = draw(document)
+    for kind in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    plt.close(figure)
+    print(json.dumps(document))

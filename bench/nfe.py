@@ -1,0 +1,104 @@
+"""How many model evaluations does each method need? By counting, and by hooks on a real run.
+
+Question    Do the counts of the paper's NFE columns follow from the trees it describes, and does our code call the model so often?
+Hypothesis  Yes: closed form and hooks agree exactly; the paper's figures agree where its text and its code do.
+Metric      A picture's share of: nodes, edges (the paper's "NFE old"), edges kept (its "NFE new", the deterministic last step
+            included), forwards of the rollout, trained parents (forward and backward). Windows are averaged over their slide.
+Rule        Hooks and closed form must be equal, or the script fails.
+
+    python bench/nfe.py                  # 1 minute on one core
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import loop
+from branchgrpo import prune
+from schedules import plan
+from tree import count
+
+ARMS = {  # name -> flags, the paper's NFE old and new (None where it gives none), sliding positions
+    "sequential DanceGRPO": ("--method flowgrpo --sde dance", (20, 20), 1),
+    "DanceGRPO, shared noise": ("--method dancegrpo", (20, 20), 1),
+    "DanceGRPO, fraction 0.6": ("--method dancegrpo --timestep-fraction 0.6", (20, 12), 1),
+    "Flow-GRPO": ("--method flowgrpo", None, 1),
+    "MixGRPO, window 5": ("--method mixgrpo --mix 5 --mix-every 1", (20, 5), 14),
+    "BranchGRPO": ("--method branchgrpo", (13.68, 13.68), 1),
+    "+ width (Parent-Top1)": ("--method branchgrpo --width-prune parent-top1", (13.68, 8.625), 1),
+    "+ width (Extreme-4)": ("--method branchgrpo --width-prune extreme-4", (13.68, 8.625), 1),
+    "+ depth, window 5": ("--method branchgrpo --depth-prune 5 --depth-every 1", (13.68, 8.625), 5),
+    "Mix, window 4": ("--method branchgrpo-mix --mix 4 --mix-every 1", (13.68, 4.25), 17),
+    "Mix, splits alone": ("--method branchgrpo-mix --mix 0", None, 1),
+    "Mix, splits alone, flash 4": ("--method branchgrpo-mix --mix 0 --flash 4", None, 1),
+}
+SHARED = " --steps 20 --leaves 16 --prompts-per-iteration 1 --iterations 300 --watch jpeg --eval-size 1 --micro-batch 0"
+
+
+def counted(options, iteration: int) -> dict[str, float]:
+    """Closed form: one prompt's counts a picture, from the plan alone."""
+    todo = plan(options, iteration)
+    fused = [torch.zeros(1, n, dtype=torch.float64) for n in todo.forest.sizes]
+    keep = prune(todo.forest, fused, options.width_prune, todo.depth)
+    drawn = [k & (i in todo.trained_steps or not todo.forest.stochastic(i)) for i, k in enumerate(keep)]
+    found = count(todo.forest, drawn)
+    return {k: v / todo.forest.leaves for k, v in found.items() if k != "leaves"}
+
+
+def hooked(run: loop.Run, iteration: int) -> dict[str, float]:
+    """A real iteration, with a hook on the transformer that counts samples, with and without gradient."""
+    calls = {"forwards": 0, "trained_parents": 0}
+
+    def hook(module, args, kwargs):
+        calls["trained_parents" if torch.is_grad_enabled() else "forwards"] += len(kwargs["hidden_states"])
+
+    handle = run.policy.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    row, _ = loop.iterate(run, iteration)
+    handle.remove()
+    return {k: v / row["leaves"] for k, v in calls.items()}
+
+
+def draw(document: dict):
+    """Bars: rollout forwards and trained parents of each method, the paper's columns as marks."""
+    rows, figure = document["rows"], plt.figure(figsize=(9, 4.5))
+    ax, y = figure.subplots(), np.arange(len(document["rows"]))
+    ax.barh(y - 0.2, [r["forwards"] for r in rows.values()], 0.38, label="rollout: forwards", color=common.COLOURS[0])
+    trained = [r["trained_parents"] for r in rows.values()]
+    ax.barh(y + 0.2, trained, 0.38, label="training: forwards with backward", color=common.COLOURS[1])
+    for at, (side, label) in enumerate((("old", "paper, NFE old"), ("new", "paper, NFE new"))):
+        marks = [(r[f"paper_{side}"], i - 0.2 + 0.4 * at) for i, r in enumerate(rows.values()) if r["paper_old"]]
+        ax.plot(*zip(*marks), "kx" if at else "k|", label=label)
+    ax.set_yticks(y, rows)
+    ax.invert_yaxis()
+    ax.set_xlabel("model evaluations a picture (T = 20, 16 leaves)")
+    ax.legend()
+    return figure
+
+
+def main() -> None:
+    """Count, run, compare; table, JSON, figure."""
+    o = common.parser(__doc__).parse_args()
+    rows = {}
+    print(f"{'':<28}{'nodes':>9}{'edges':>9}{'kept':>9}{'forwards':>10}{'trained':>9}   paper: old, new")
+    for name, (flags, paper, positions) in ARMS.items():
+        run = common.prepare(o, flags + SHARED, lr=1e-12)
+        found = [counted(run.o, i) for i in range(positions)]
+        for i in range(1 if o.smoke else positions):
+            seen = hooked(run, i)
+            if any(abs(found[i][k] - seen[k]) > 1e-9 for k in seen):
+                raise SystemExit(f"{name}, iteration {i}: counted {found[i]}, called {seen}")
+        row = {k: float(np.mean([f[k] for f in found])) for k in found[0]}
+        row |= dict(zip(("paper_old", "paper_new"), paper or (None, None)))
+        rows[name] = row
+        numbers = f"{row['nodes']:9.4f}{row['edges']:9.4f}{row['kept']:9.4f}{row['forwards']:10.4f}{row['trained_parents']:9.4f}"
+        print(f"{name:<28}{numbers}   {'' if paper is None else f'{paper[0]}, {paper[1]}'}", flush=True)
+    common.finish("nfe", o, {"rows": rows}, draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""How long does an iteration of each method take? The paper's Table 1, as ratios to sequential DanceGRPO.
+
+Question    Seconds an iteration, split into rollout, decoding, reward and training, against DanceGRPO as its authors run it.
+Hypothesis  Model calls set the time: each ratio of policy seconds (rollout, training, optimiser) is at most 1.10 times what
+            counting gives, (forwards + 3 trained parents) over the same of sequential DanceGRPO.
+Metric      Policy seconds of a method over sequential DanceGRPO's, both from the same round. Windows are averaged over their
+            slide. Median over rounds with the interval of a bootstrap; a cost model is fitted on half the rows.
+Rule        The medians against 1.10 times counting.
+
+    python bench/timing.py               # 12 minutes on one core; run it alone
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common
+import matplotlib.pyplot as plt
+import nfe
+import numpy as np
+from tqdm import tqdm
+
+import loop
+
+PAPER = {  # seconds an iteration, FLUX.1-dev on 16 GPUs
+    "DanceGRPO, shared noise": 698, "DanceGRPO, fraction 0.6": 469, "MixGRPO, window 5": 289, "BranchGRPO": 493,
+    "+ width (Parent-Top1)": 314, "+ depth, window 5": 314, "Mix, window 4": 148,
+}  # fmt: skip
+PARTS = ("rollout", "train", "decode", "reward")
+LARGE = {  # 81 leaves
+    "sequential DanceGRPO, 81": ("--method flowgrpo --sde dance", 1),
+    "Mix, splits alone, flash 4, 81": ("--method branchgrpo-mix --branch 3 --mix 0 --flash 4", 1),
+}
+BASE, LARGE_BASE = "sequential DanceGRPO", "sequential DanceGRPO, 81"
+
+
+def bootstrap(values, n: int = 2000) -> list[float]:
+    """The 95 % percentile interval of the median."""
+    rng, values = np.random.default_rng(0), np.asarray(values)
+    medians = np.median(values[rng.integers(0, len(values), (n, len(values)))], axis=1)
+    return [float(x) for x in np.percentile(medians, (2.5, 97.5))]
+
+
+def fit(rows: list[dict], names: tuple[str, ...]) -> np.ndarray:
+    """Non-negative least squares of relative errors: seconds = sum of cost x count, the weights of `names`."""
+    from scipy.optimize import nnls
+
+    seconds = np.array([r["seconds"] for r in rows])
+    counts = np.array([[r[k] for k in names] for r in rows]) / seconds[:, None]
+    return nnls(counts, np.ones(len(rows)))[0]
+
+
+def cost_model(rows: dict[str, dict]) -> dict:
+    """Seconds an iteration from counts: fitted on every second row, tested on the others; the same with the paper's seconds."""
+    ours = [r | {"seconds": r["policy_seconds"], "once": 1.0} for r in rows.values()]
+    names = ("forwards_total", "trained_parents_total", "once")
+    costs = fit(ours[::2], names)
+    errors = [float(sum(c * r[k] for c, k in zip(costs, names)) / r["seconds"] - 1) for r in ours[1::2]]
+    paper = []
+    for name, seconds in PAPER.items():
+        old, new = nfe.ARMS[name][1]
+        paper.append({"old": old, "new": new, "both": old + 3 * new, "seconds": seconds, "name": name})
+    one = float(fit(paper, ("both",))[0])
+    theirs = {p["name"]: one * p["both"] / p["seconds"] - 1 for p in paper}
+    document = {"seconds_of": dict(zip(names, costs.tolist())), "relative_errors_on_the_other_half": errors}
+    return document | {"paper_seconds_a_unit": one, "paper_relative_errors": theirs}
+
+
+def draw(document: dict):
+    """Stacked bars of an iteration's seconds, and measured ratios over counted ones."""
+    rows, figure = document["rows"], plt.figure(figsize=(11, 4.8))
+    (left, right), y = figure.subplots(1, 2, sharey=True), np.arange(len(document["rows"]))
+    start = np.zeros(len(y))
+    for part, colour in zip(PARTS, common.COLOURS):
+        width = np.array([r["seconds"][part] for r in rows.values()])
+        left.barh(y, width, 0.6, left=start, color=colour, label=part)
+        start += width
+    left.set_yticks(y, rows)
+    left.invert_yaxis()
+    left.set_xlabel("seconds an iteration (median)")
+    left.legend()
+    ratio = np.array([r["ratio"] for r in rows.values()])
+    low, high = np.array([r["ratio_interval"] for r in rows.values()]).T
+    right.errorbar(ratio, y, xerr=(ratio - low, high - ratio), fmt="o", color=common.COLOURS[1], label="measured")
+    right.plot([r["ratio_counted"] for r in rows.values()], y, "k|", ms=12, label="counted")
+    right.set_xlabel("policy seconds over sequential DanceGRPO's")
+    right.legend()
+    return figure
+
+
+def main() -> None:
+    """Interleave the methods, print the table; JSON, figure."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompts", type=int, default=4, help="an iteration")
+    o = parser.parse_args()
+    rounds, prompts = (1, 1) if o.smoke else (o.rounds, o.prompts)
+    arms = {name: (flags, positions) for name, (flags, _, positions) in nfe.ARMS.items()} | LARGE
+    shared = f" --steps 20 --prompts-per-iteration {prompts} --iterations 300 --eval-size 1"
+    runs = {}
+    for name, (flags, positions) in arms.items():
+        leaves = 81 if name in LARGE else 16
+        run = runs[name] = common.prepare(o, flags + shared + f" --leaves {leaves}", lr=1e-12)
+        if name != BASE:
+            run.policy.transformer = runs[BASE].policy.transformer
+        loop.iterate(run, positions // 2)  # warm
+    raw = {name: [] for name in arms}
+    for i in tqdm(range(rounds), desc="rounds", file=sys.stderr):
+        for name, (_, positions) in arms.items():
+            at = [round((i + 0.5) / rounds * positions - 0.5)] if rounds < positions else range(positions)
+            rows = [loop.iterate(runs[name], j)[0] for j in at]
+            raw[name].append({part: float(np.mean([r[f"seconds_{part}"] for r in rows])) for part in PARTS})
+    rows = {}
+    for name, (_, positions) in arms.items():
+        found = [nfe.counted(runs[name].o, i) for i in range(positions)]
+        leaves, base = runs[name].o.leaves * prompts, LARGE_BASE if name in LARGE else BASE
+        policy = [r["rollout"] + r["train"] for r in raw[name]]
+        ratios = [p / (b["rollout"] + b["train"]) for p, b in zip(policy, raw[base])]
+        totals = [sum(r.values()) / sum(b.values()) for r, b in zip(raw[name], raw[base])]
+        n = {k: float(np.mean([f[k] for f in found])) for k in ("forwards", "trained_parents")}
+        row = {"seconds": {part: float(np.median([r[part] for r in raw[name]])) for part in PARTS}}
+        row |= {"policy_seconds": float(np.median(policy)), "ratio": float(np.median(ratios))}
+        row |= {"ratio_interval": bootstrap(ratios), "ratio_of_totals": float(np.median(totals))}
+        row |= {"ratio_counted": (n["forwards"] + 3 * n["trained_parents"]) / (20 + 3 * 19)}
+        rows[name] = row | {f"{k}_total": v * leaves for k, v in n.items()} | {"raw": raw[name]}
+    print(f"{'':<32}{'policy s':>9}{'total s':>9}{'ratio':>8}  {'interval':<16}{'counted':>8}{'of totals':>10}")
+    for name, r in rows.items():
+        low, high = r["ratio_interval"]
+        numbers = (
+            f"{r['policy_seconds']:9.3f}{sum(r['seconds'].values()):9.3f}{r['ratio']:8.3f}  [{low:.3f}, {high:.3f}]  "
+        )
+        print(f"{name:<32}{numbers}{r['ratio_counted']:8.3f}{r['ratio_of_totals']:10.3f}")
+    common.finish("timing", o, {"rows": rows, "paper_seconds": PAPER, "cost_model": cost_model(rows)}, draw)
+
+
+if __name__ == "__main__":
+    main()
