@@ -114,27 +114,32 @@ def load_checkpoint(run: Run, folder: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
-    """Held-out prompts, ODE, the same noises always, EMA weights where EMA is on.
-
-    Returns:
-        means over `--eval-size` prompt-noise pairs (heldout_reward, heldout_exact, heldout_NAME), and the first `show`
-        pictures (show, 3, H, W). heldout_exact is the share of pictures whose ocr score is 1, absent without ocr.
-    """
+def generate(run: Run, numbers: range) -> tuple[list[str], dict[str, Tensor], Tensor]:
+    """Held-out prompts and noises of these numbers, ODE, EMA weights where EMA is on: prompts, scores (n,), pictures (n, ...)."""
     o, acc = run.o, run.accelerator
-    mine = range(acc.process_index, o.eval_size, acc.num_processes)
-    prompts = [run.heldout[i % len(run.heldout)] for i in mine]
+    prompts = [run.heldout[i % len(run.heldout)] for i in numbers]
     if run.ema:
         run.ema.store(run.policy.trainable())
         run.ema.copy_to(run.policy.trainable())
-    noise = torch.stack([torch.randn(run.policy.latent_shape, generator=g) for g in generators(EVAL_KEY, 0, mine)])
+    noise = torch.stack([torch.randn(run.policy.latent_shape, generator=g) for g in generators(EVAL_KEY, 0, numbers)])
     cond = run.policy.encode(prompts)
     latents = sample_ode(run.policy, cond, run.sampler(), noise.to(acc.device), o.micro_batch)
     if run.ema:
         run.ema.restore(run.policy.trainable())
     pictures = run.policy.decode(latents)
-    scores = R.score(run.rewards, pictures, prompts)
-    rows = gather_object([{name: float(scores[name][j]) for name in scores} for j in range(len(mine))])
+    return prompts, R.score(run.rewards, pictures, prompts), pictures
+
+
+def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
+    """`--eval-size` held-out prompt-noise pairs, always the same.
+
+    Returns:
+        means (heldout_reward, heldout_exact, heldout_NAME), and the first `show` pictures (show, 3, H, W). heldout_exact is
+        the share of pictures whose ocr score is 1, absent without ocr.
+    """
+    acc = run.accelerator
+    prompts, scores, pictures = generate(run, range(acc.process_index, run.o.eval_size, acc.num_processes))
+    rows = gather_object([{name: float(scores[name][j]) for name in scores} for j in range(len(prompts))])
     means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
     result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
     if "ocr" in means:

@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from scipy import stats  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import loop  # noqa: E402
 
@@ -43,6 +45,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--smoke", action="store_true", help="in seconds, into runs/smoke: does it run?")
     p.add_argument("--video", action="store_true", help="train_video.py instead of train_image.py")
     p.add_argument("--flags", default="", help="of every run, as in --flags='--model FOLDER --reward hpsv2'")
+    p.add_argument("--jobs", type=int, default=2, help="training runs at once, --threads each")
     p.add_argument("--threads", type=int, default=1, help="of torch, in this process and in each run")
     return p
 
@@ -80,6 +83,19 @@ def train(o, folder: Path, flags: list[str]) -> list[dict]:
         for checkpoint in loop.checkpoints(folder):
             shutil.rmtree(checkpoint)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_all(o, name: str, tasks: dict[str, str]) -> dict[str, list[dict]]:
+    """Runs named by their cell, `o.jobs` at once, with a progress bar; those that are done are read, not repeated."""
+    where = ROOT / ("runs/smoke" if o.smoke else "runs/bench") / f"{name}{'_video' if o.video else ''}"
+    with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=len(tasks), desc=name, file=sys.stderr) as bar:
+
+        def cell(task):
+            rows = train(o, where / "".join(c if c.isalnum() or c in "-._" else "_" for c in task[0]), task[1].split())
+            bar.update()
+            return rows
+
+        return dict(zip(tasks, pool.map(cell, tasks.items())))
 
 
 def interval(values, level: float = 0.95) -> tuple[float, float, float]:

@@ -1,0 +1,89 @@
+"""How good is a checkpoint, or what did training gain? One checkpoint or two, paired, on a prompt set, with any rewards.
+
+Question    The mean of each reward over held-out prompts, and the gain of a second checkpoint on the same prompts and noises.
+Hypothesis  Training with BranchGRPO raises the trained reward, and does not lower the watched ones.
+Metric      Mean, paired difference and relative gain, each with Student's 95 % interval over prompt-noise pairs.
+Rule        A gain counts where its interval lies above 0.
+
+    python bench/evaluate.py --after runs/NAME/model        # the embedded default before and after; 1 minute on one core
+    python bench/evaluate.py --before black-forest-labs/FLUX.1-dev --after-lora runs/NAME/model --size 400 \\
+        --flags "--eval-prompts hpdv2_test.txt --prompts hpdv2_train.txt --height 720 --width 720 --steps 50 \\
+        --reward hpsv2 --watch imagereward,pickscore --dtype bf16 --micro-batch 1"     # the paper's 400 prompts, on a GPU
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import loop
+import report
+
+
+def scores_of(o, label: str, flags: str, size: int, lora: str | None = None) -> tuple[list[str], dict, torch.Tensor]:
+    """A checkpoint's scores on `size` held-out prompt-noise pairs, name -> (size,), with the first pictures."""
+    run = common.prepare(o, flags)
+    if lora:
+        run.policy.pipe.load_lora_weights(lora)
+    prompts, scores, pictures = [], {}, []
+    for start in tqdm(range(0, size, 32), desc=label, file=sys.stderr):
+        p, s, x = loop.generate(run, range(start, min(start + 32, size)))
+        prompts += p
+        pictures += list(x) if len(pictures) < 24 else []
+        scores = {k: scores.get(k, []) + v.tolist() for k, v in s.items()}
+    return prompts, scores, torch.stack(pictures[:24])
+
+
+def draw(document: dict):
+    """Means with intervals of every reward, before and after."""
+    rows = document["rows"]
+    figure = plt.figure(figsize=(2.2 * len(rows), 3))
+    for ax, (name, row) in zip(np.atleast_1d(figure.subplots(1, len(rows))), rows.items()):
+        for x, (label, colour) in enumerate((("before", common.COLOURS[7]), ("after", common.COLOURS[0]))):
+            if label in row:
+                mean, low, high = row[label]
+                ax.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", color=colour, capsize=4)
+        ax.set_xticks([0, 1], ["before", "after"])
+        ax.set(title=name, xlim=(-0.5, 1.5))
+    return figure
+
+
+def main() -> None:
+    """Score, compare, print the table; JSON, figure, contact sheet."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--before", help="folder or hub id; default: the embedded model")
+    parser.add_argument("--after", help="folder or hub id of a whole pipeline")
+    parser.add_argument("--after-lora", help="folder of a LoRA for --before")
+    parser.add_argument("--size", type=int, default=256, help="prompt-noise pairs")
+    o = parser.parse_args()
+    size = 8 if o.smoke else o.size
+    model = f" --model {o.before}" if o.before else ""
+    prompts, before, pictures = scores_of(o, "before", model, size)
+    rows = {name: {"before": common.interval(values)} for name, values in before.items()}
+    raw = {"before": before}
+    if o.after or o.after_lora:
+        model = f" --model {o.after}" if o.after else model
+        _, raw["after"], later = scores_of(o, "after", model, size, o.after_lora)
+        sheet = common.folder(o) / f"evaluate{'_video' if o.video else ''}_pictures.png"
+        wide = (loop.strip(pictures, 9), loop.strip(later, 9), prompts[:24], sheet)
+        report.before_after(*wide, columns=6 if pictures.ndim == 4 else 2)
+        for name, row in rows.items():
+            difference = common.interval(np.subtract(raw["after"][name], before[name]))
+            row |= {"after": common.interval(raw["after"][name]), "gain": difference}
+            row["relative_gain"] = difference[0] / abs(row["before"][0]) if row["before"][0] else None
+    for name, row in rows.items():
+        cells = [
+            f"{k} {row[k][0]:8.4f} [{row[k][1]:.4f}, {row[k][2]:.4f}]" for k in ("before", "after", "gain") if k in row
+        ]
+        relative = f"   {100 * row['relative_gain']:+.1f} %" if row.get("relative_gain") is not None else ""
+        print(f"{name:<14} {'   '.join(cells)}{relative}   n = {size}")
+    common.finish("evaluate", o, {"rows": rows, "raw": raw}, draw)
+
+
+if __name__ == "__main__":
+    main()
