@@ -1,0 +1,114 @@
+"""Does a larger tree learn more? The paper's scaling law: branch factor and number of splits.
+
+Question    Final held-out reward and seconds an iteration for K = 2, 3, 4 with four splits, and for 3, 4, 5 splits with K = 2.
+Hypothesis  More leaves learn more an update; time grows with the forwards of the tree, far below DanceGRPO at equal leaves.
+Metric      Reward after the same updates and at the wall-clock at which the cheapest arm ends; policy seconds an iteration over
+            DanceGRPO's at equal leaves; reward = a + b log2(leaves), with the interval of b over seeds.
+Rule        The law holds where the interval of b excludes 0.
+
+    python bench/scaling.py              # 45 minutes on 2 cores
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common
+import matplotlib.pyplot as plt
+import numpy as np
+
+import loop
+
+ARMS = {  # name -> branch, splits
+    "K = 2, 3 splits": (2, "0,2,4"),
+    "K = 2, 4 splits": (2, "0,1,3,4"),
+    "K = 2, 5 splits": (2, "0,1,2,3,4"),
+    "K = 3, 4 splits": (3, "0,1,3,4"),
+    "K = 4, 4 splits": (4, "0,1,3,4"),
+}
+
+
+def reward_at(rows: list[dict], seconds: float) -> float:
+    """Held-out reward after so many policy seconds, linear between evaluations; the last one beyond them."""
+    clock, at = 0.0, []
+    for row in rows:
+        clock += row.get("seconds_rollout", 0) + row.get("seconds_train", 0)
+        if "heldout_reward" in row:
+            at.append((clock, row["heldout_reward"]))
+    return float(np.interp(seconds, *zip(*at)))
+
+
+def draw(document: dict):
+    """Reward against leaves, and seconds an iteration against DanceGRPO's."""
+    rows, figure = list(document["rows"].values()), plt.figure(figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
+    leaves = [r["leaves"] for r in rows]
+    for key, label, colour in (
+        ("reward", "equal updates", common.COLOURS[0]),
+        ("reward_at_time", "equal time", common.COLOURS[1]),
+    ):
+        means, low, high = np.array([common.interval(r[key]) for r in rows]).T
+        left.errorbar(leaves, means, [means - low, high - means], fmt="o", color=colour, capsize=3, label=label)
+    left.set(xscale="log", xlabel="leaves", ylabel="held-out reward")
+    left.legend()
+    right.plot(leaves, [r["policy_seconds"] for r in rows], "o", color=common.COLOURS[0], label="BranchGRPO-Mix")
+    right.plot(leaves, [r["dance_seconds"] for r in rows], "s", color=common.COLOURS[7], label="sequential DanceGRPO")
+    right.set(xscale="log", yscale="log", xlabel="leaves", ylabel="policy seconds an iteration")
+    right.legend()
+    return figure
+
+
+def main() -> None:
+    """Run every arm and seed, time every arm alone; table, JSON, figure."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=40, help="updates of every arm")
+    o = parser.parse_args()
+    seeds, iterations = (2, 2) if o.smoke else (o.seeds, o.iterations)
+    arms = dict(list(ARMS.items())[:2]) if o.smoke else ARMS
+    shared = " --lr 1e-4 --lr-end 1 --prompts-per-iteration 2"
+    run = f"{shared} --iterations {iterations} --eval-every {max(1, iterations // 8)}" + (
+        " --eval-size 8" if o.smoke else ""
+    )
+    flags = {name: f"--method branchgrpo-mix --mix 0 --branch {k} --splits {s}" for name, (k, s) in arms.items()}
+    tasks = {f"{name} seed {s}": f"{f}{run} --seed {s}" for name, f in flags.items() for s in range(1, seeds + 1)}
+    done = common.train_all(o, "scaling", tasks)
+    rows = {}
+    for name, f in flags.items():
+        alone = common.prepare(o, f + shared, lr=1e-12)
+        leaves = alone.o.leaves
+        dance = common.prepare(o, f"--method flowgrpo --sde dance --leaves {leaves}{shared}", lr=1e-12)
+        timed = {key: [loop.iterate(r, i)[0] for i in range(3)] for key, r in (("mix", alone), ("dance", dance))}
+        seconds = {
+            k: float(np.median([r["seconds_rollout"] + r["seconds_train"] for r in v])) for k, v in timed.items()
+        }
+        rows[name] = {"leaves": leaves, "policy_seconds": seconds["mix"], "dance_seconds": seconds["dance"]}
+    cheapest = min(r["policy_seconds"] for r in rows.values()) * iterations
+    for name, row in rows.items():
+        seeds_of = [done[f"{name} seed {s}"] for s in range(1, seeds + 1)]
+        row["reward"] = [
+            float(np.mean([r["heldout_reward"] for r in rs if "heldout_reward" in r][-3:])) for rs in seeds_of
+        ]
+        scale = row["policy_seconds"] / np.mean(
+            [r["seconds_rollout"] + r["seconds_train"] for rs in seeds_of for r in rs[1:]]
+        )
+        row["reward_at_time"] = [reward_at(rs, cheapest / scale) for rs in seeds_of]
+    x = np.log2([r["leaves"] for r in rows.values()])
+    laws = {
+        k: [np.polyfit(x, [r[k][s] for r in rows.values()], 1).tolist() for s in range(seeds)]
+        for k in ("reward", "reward_at_time")
+    }
+    slopes = {k: common.interval([b for b, _ in law]) for k, law in laws.items()}
+    print(f"{'':<18}{'leaves':>7}{'reward':>9}{'at time':>9}{'s/iter':>8}{'Dance s':>9}{'ratio':>7}")
+    for name, r in rows.items():
+        numbers = (
+            f"{r['leaves']:7d}{np.mean(r['reward']):9.4f}{np.mean(r['reward_at_time']):9.4f}{r['policy_seconds']:8.2f}"
+        )
+        print(f"{name:<18}{numbers}{r['dance_seconds']:9.2f}{r['policy_seconds'] / r['dance_seconds']:7.3f}")
+    for k, (b, low, high) in slopes.items():
+        print(f"{k}: {b:+.4f} [{low:+.4f}, {high:+.4f}] for each doubling of the leaves")
+    common.finish("scaling", o, {"rows": rows, "laws": laws, "slopes": slopes}, draw)
+
+
+if __name__ == "__main__":
+    main()
