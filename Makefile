@@ -1,12 +1,13 @@
 # make demo   trains the embedded model and shows that it improved
 # make test   runs the tests;  make mutants  plants faults and expects the tests to notice each
+# make bench  measures everything in RESULTS.md (hours);  make bench-smoke  the same in seconds
 # make reference   proves the preference rewards equal to their official packages (6 GB, an environment of their own);
 #                  VideoAlign is cloned from GitHub, or taken from where VIDEOALIGN says
 PYTHON ?= python3
 PY := .venv/bin/python
 VIDEOALIGN ?= runs/VideoAlign
 
-.PHONY: demo test slow mutants reference lint
+.PHONY: demo test slow mutants reference bench bench-smoke lint
 demo: .venv
 	$(PY) train_image.py
 
@@ -26,6 +27,12 @@ reference: .venv .venv-reference $(VIDEOALIGN)
 runs/VideoAlign:
 	git clone --quiet https://github.com/KwaiVGI/VideoAlign $@
 	git -C $@ checkout --quiet 219ab9d
+
+bench: .venv
+	$(PY) bench/run.py
+
+bench-smoke: .venv
+	$(PY) bench/run.py --smoke
 
 lint: .venv
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

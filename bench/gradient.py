@@ -111,10 +111,14 @@ def draw(document: dict):
     rows, figure = document["rows"], plt.figure(figsize=(11, 4))
     (left, right), y = figure.subplots(1, 2, sharey=True), np.arange(len(document["rows"]))
     colours = [common.COLOURS[r["noisy"] == "splits"] for r in rows.values()]
-    left.barh(y, [r["units_to_signal"] or np.nan for r in rows.values()], 0.6, color=colours)
+    units = np.array([r["units_to_signal"] or np.nan for r in rows.values()])
+    left.barh(y, units, 0.6, color=colours)
     left.set_yticks(y, rows)
     left.invert_yaxis()
-    left.set(xscale="log", xlabel="model evaluations (backward counts 2) until signal equals noise")
+    left.set(
+        xscale="log" if np.isfinite(units).any() else "linear",
+        xlabel="model evaluations (backward counts 2) until signal equals noise",
+    )
     right.plot([r["cosine"] or np.nan for r in rows.values()], y, "ko")
     right.axvline(1, color="k", lw=0.8)
     right.set_xlabel("cosine of the mean gradient with the reference")
@@ -128,7 +132,7 @@ def main() -> None:
     parser.add_argument("--sde", default="cps", help="kind of step")
     parser.add_argument("--eta", type=float, default=0.7)
     o = parser.parse_args()
-    n = 4 if o.smoke else o.trials
+    n = 2 if o.smoke else o.trials
     run = common.prepare(o, "")
     rows, references = {}, {}
     with tqdm(total=n * (len(ARMS) + 8), desc="gradients", file=sys.stderr) as bar:
