@@ -87,10 +87,10 @@ def seconds_to(c: dict, mark: float) -> float | None:
 
 
 def tune(arm: str, o, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
-    """Successive halving over the grid on tuning prompts: all cells for a third, the best four at full length."""
+    """Successive halving over the grid on tuning prompts: all cells for a third, the best at full length."""
     files = ["--prompts", str(o.out / "tune_train.txt"), "--eval-prompts", str(o.out / "tune_heldout.txt")]
     cells, record = o.grid, []
-    for iterations, keep in ((o.iterations // 3, 4), (o.iterations, 1)):
+    for iterations, keep in ((o.iterations // 3, o.finalists), (o.iterations, 1)):
 
         def cell(setting, iterations=iterations):
             flags = [*ARMS[arm].split(), *flags_of(setting), "--seed", "1000", *files, *o.shared]
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--flags", default="--leaves 8 --prompts-per-iteration 8 --lr-end 1", help="of all arms")
     parser.add_argument("--steps", nargs="*", default=STEPS.split(), metavar="KIND:ETA", help="of the grid")
     parser.add_argument("--lrs", nargs="*", type=float, default=[5e-5, 1e-4, 2e-4], help="of the grid")
+    parser.add_argument("--finalists", type=int, default=4, help="cells of the grid that run at full length")
     parser.add_argument("--video", action="store_true", help="train_video.py instead of train_image.py")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/alignment", help="where the runs are kept")
     o = parser.parse_args()
@@ -152,7 +153,7 @@ def main() -> None:
     (o.out / "tune_train.txt").write_text("".join(lines[:-n]))
     (o.out / "tune_heldout.txt").write_text("".join(lines[-n:]))
     arms = list(dict.fromkeys(["DanceGRPO", *o.arms]))
-    total = len(arms) * (len(o.grid) + min(4, len(o.grid)) + o.seeds)
+    total = len(arms) * (len(o.grid) + min(o.finalists, len(o.grid)) + o.seeds)
     with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=total, desc="runs", file=sys.stderr) as bar:
         tuned = {arm: tune(arm, o, pool, bar) for arm in arms}
 

@@ -207,3 +207,19 @@ def test_wan_1_3b_at_full_width_and_depth(tmp_path):
         f"Wan2.1-1.3B, 9 frames of 64 x 64, guidance, 4 leaves: loaded {loaded:.1f} GiB, rollout and decoding"
         f" {rolled - began:.0f} s, update of {len(edges.x)} parents {time.perf_counter() - rolled:.0f} s, peak {gibibytes():.1f} GiB"
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script, flags", [(train_image, ""), (train_video, "--frames 5")])
+def test_both_scripts_train_on_a_gpu(script, flags, tmp_path, capsys):
+    """bf16 and every memory flag; the first ratios stay 1, and float32 gives the CPU's rewards."""
+    small = f"--leaves 4 --prompts-per-iteration 2 --eval-size 4 --iterations 2 {flags}".split()
+    every = "--device cuda --dtype bf16 --gradient-checkpointing --vae-tiling --text-offload --tree-offload".split()
+    script.main([*small, *every, "--out", str(tmp_path / "a")])
+    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert all(row["ratio_dev"] < 1e-3 for row in rows[1:])
+    document = {}
+    for device in ("cuda", "cpu"):
+        script.main([*small, "--device", device, "--iterations", "0", "--out", str(tmp_path / device)])
+        document[device] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["cuda"]["reward_before"] == pytest.approx(document["cpu"]["reward_before"], abs=0.02)
