@@ -214,7 +214,8 @@ def test_wan_1_3b_at_full_width_and_depth(tmp_path):
 def test_both_scripts_train_on_a_gpu(script, flags, tmp_path, capsys):
     """bf16 and every memory flag; the first ratios stay 1, and float32 gives the CPU's rewards."""
     small = f"--leaves 4 --prompts-per-iteration 2 --eval-size 4 --iterations 2 {flags}".split()
-    every = "--device cuda --dtype bf16 --gradient-checkpointing --vae-tiling --text-offload --tree-offload".split()
+    every = ["--device", "cuda", "--dtype", "bf16", "--gradient-checkpointing", "--vae-tiling"]
+    every += ["--text-offload", "--tree-offload"]
     script.main([*small, *every, "--out", str(tmp_path / "a")])
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert all(row["ratio_dev"] < 1e-3 for row in rows[1:])
