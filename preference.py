@@ -467,11 +467,8 @@ QWEN2_VL = Qwen2VLConfig(  # Qwen2-VL-2B with VideoAlign's three tokens
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
     vision_config={"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
 )
-QWEN = {
-    r"^base_model\.model\.": "",
-    r"^model\.": "language_model.",
-    r"\.base_layer\.": ".",
-}  # VideoAlign's names -> ours
+# VideoAlign's names -> transformers'
+QWEN = {r"^base_model\.model\.": "", r"^model\.": "language_model.", r"\.base_layer\.": "."}
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{video}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -567,9 +564,8 @@ class VideoAlign(Scorer):
         x = self.pixels(self.frames(videos))
         b, n, _, h, w = x.shape
         grid = (n // 2, h // PATCH, w // PATCH)
-        x = x.view(
-            b, n // 2, 2, 3, h // 28, 2, PATCH, w // 28, 2, PATCH
-        )  # patches of 2 frames; squares of 2 x 2 patches
+        # A patch covers 2 frames; patches come in squares of 2 x 2, which the model merges into one token.
+        x = x.view(b, n // 2, 2, 3, h // 28, 2, PATCH, w // 28, 2, PATCH)
         x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(b * math.prod(grid), -1)
         video = PAD * (math.prod(grid) // 4)
         texts = [CHAT.format(video=video, question=self.question.format(text_prompt=p)) for p in prompts]

@@ -26,6 +26,7 @@ from functools import partial
 from itertools import pairwise
 
 import cv2
+import imageio.v2 as imageio
 import numpy as np
 import torch
 from PIL import Image, ImageColor
@@ -364,12 +365,14 @@ def weighted_sum(scores: dict[str, Tensor], weights: dict[str, float]) -> Tensor
 
 # --------------------------------------------------------------------------------------------------------- command line
 def read_picture(path: str) -> Tensor:
-    """(1, 3, H, W) in [0, 1]; grey, palette and transparent pictures become RGB as Pillow converts them.
+    """(1, 3, H, W) in [0, 1], of a video (1, F, 3, H, W); grey, palette and transparent become RGB as Pillow converts them.
 
     Raises:
         ValueError: if the file is no picture, or one of whole or floating-point numbers without a known range.
     """
     try:
+        if path.endswith((".mp4", ".mov", ".webm", ".mkv", ".avi")):
+            return torch.from_numpy(np.stack(imageio.mimread(path, memtest=False))).movedim(-1, 1)[None].float() / 255
         with Image.open(path) as picture:
             if picture.mode in ("I", "F"):
                 raise ValueError(f"{path} has mode {picture.mode}, of no known range: save it with 8 or 16 bits")
@@ -395,7 +398,7 @@ def list_rewards(o) -> dict:
 
 
 def score_files(o) -> dict:
-    """Score pictures with one prompt, or each with its own; a table, then name -> scores.
+    """Score pictures or videos with one prompt, or each with its own; a table, then name -> scores.
 
     Raises:
         ValueError: if a reward, a picture or a prompt is unusable.
@@ -413,7 +416,8 @@ def score_files(o) -> dict:
     device = o.device if o.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     setup = Setup(o.reward_weights, device, torch.bfloat16 if o.dtype == "bf16" else torch.float32)
     rewards, _ = load_rewards(o.reward, "", prompts, pictures[0], setup)
-    scores = {name: [reward(x, [p]).item() for x, p in zip(pictures, prompts)] for name, reward in rewards.items()}
+    each = [score(rewards, x, [p]) for x, p in zip(pictures, prompts)]
+    scores = {name: [s[name].item() for s in each] for name in rewards}
     print(f"{'picture':<40}" + "".join(f"{name:>14}" for name in scores))
     for i, path in enumerate(o.pictures):
         print(f"{path:<40}" + "".join(f"{values[i]:14.6f}" for values in scores.values()))

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -64,6 +65,16 @@ def test_motion_punishes_jerks_and_flicker():
     assert R.motion(x, p) == 1 and R.motion(jerky, p) < 0.3 and R.motion(flicker, p) < 0.8
     assert R.temporal(x, p) > 0.95 > R.temporal(flicker, p)
     assert R.temporal(x[:, :1].expand(-1, 9, -1, -1, -1), p) == 1  # a frozen clip is consistent
+
+
+def test_the_command_line_scores_a_video(tmp_path, capsys):
+    x = clip(("blue", "square", "moves right"))
+    frames = torch.nn.functional.interpolate(x[0], scale_factor=2)
+    imageio.mimwrite(tmp_path / "a.mp4", list(R.to_uint8(frames)), fps=8, macro_block_size=1)
+    prompts = [w for d in ("right", "left") for w in ("--prompt", f"a blue square moves {d}")]
+    R.main(["score", "--reward", "motion,colour", *[str(tmp_path / "a.mp4")] * 2, *prompts])
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    assert scores["motion"][0] > 0.9 and scores["motion"][1] == 0 and min(scores["colour"]) > 0.9
 
 
 def test_motion_does_not_depend_on_size():
