@@ -6,6 +6,7 @@ from that file alone; its last line on stdout is the same JSON. `--smoke` runs i
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -58,6 +59,14 @@ def prepare(o, flags: str, **changes) -> loop.Run:
     torch.set_num_threads(o.threads)
     with contextlib.redirect_stdout(io.StringIO()):
         return loop.prepare(options, Accelerator(cpu=options.device == "cpu"), *rest)
+
+
+def variant(run: loop.Run, o, flags: str) -> loop.Run:
+    """The same policy, rewards and optimiser under other flags, so that a large model is loaded once; its lr stays."""
+    script = importlib.import_module("train_video" if o.video else "train_image")
+    options = script.job([*flags.split(), *o.flags.split()])[0]
+    options.lr = run.o.lr
+    return dataclasses.replace(run, o=options)
 
 
 def train(o, folder: Path, flags: list[str]) -> list[dict]:

@@ -83,10 +83,10 @@ def draw(document: dict):
 def main() -> None:
     """Count, run, compare; table, JSON, figure."""
     o = common.parser(__doc__).parse_args()
-    rows = {}
+    rows, first = {}, common.prepare(o, SHARED, lr=1e-12)
     print(f"{'':<28}{'nodes':>9}{'edges':>9}{'kept':>9}{'forwards':>10}{'trained':>9}   paper: old, new")
     for name, (flags, paper, positions) in ARMS.items():
-        run = common.prepare(o, flags + SHARED, lr=1e-12)
+        run = common.variant(first, o, flags + SHARED)
         found = [counted(run.o, i) for i in range(positions)]
         for i in range((name == "BranchGRPO") if o.smoke else positions):
             seen = hooked(run, i)

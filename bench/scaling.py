@@ -73,11 +73,11 @@ def main() -> None:
     flags = {name: f"--method branchgrpo-mix --mix 0 --branch {k} --splits {s}" for name, (k, s) in arms.items()}
     tasks = {f"{name} seed {s}": f"{f}{run} --seed {s}" for name, f in flags.items() for s in range(1, seeds + 1)}
     done = common.train_all(o, "scaling", tasks)
-    rows = {}
+    rows, first = {}, common.prepare(o, shared, lr=1e-12)
     for name, f in flags.items():
-        alone = common.prepare(o, f + shared, lr=1e-12)
+        alone = common.variant(first, o, f + shared)
         leaves = alone.o.leaves
-        dance = common.prepare(o, f"--method flowgrpo --sde dance --leaves {leaves}{shared}", lr=1e-12)
+        dance = common.variant(first, o, f"--method flowgrpo --sde dance --leaves {leaves}{shared}")
         timed = {key: [loop.iterate(r, i)[0] for i in range(3)] for key, r in (("mix", alone), ("dance", dance))}
         seconds = {
             k: float(np.median([r["seconds_rollout"] + r["seconds_train"] for r in v])) for k, v in timed.items()

@@ -97,13 +97,11 @@ def main() -> None:
     rounds, prompts = (1, 1) if o.smoke else (o.rounds, o.prompts)
     arms = {name: (flags, positions) for name, (flags, _, positions) in nfe.ARMS.items()} | LARGE
     shared = f" --steps 20 --prompts-per-iteration {prompts} --iterations 300 --eval-size 1"
-    runs = {}
+    runs, first = {}, common.prepare(o, shared, lr=1e-12)
     for name, (flags, positions) in arms.items():
         leaves = 81 if name in LARGE else 16
-        run = runs[name] = common.prepare(o, flags + shared + f" --leaves {leaves}", lr=1e-12)
-        if name != BASE:
-            run.policy.transformer = runs[BASE].policy.transformer
-        loop.iterate(run, positions // 2)  # warm
+        runs[name] = common.variant(first, o, flags + shared + f" --leaves {leaves}")
+        loop.iterate(runs[name], positions // 2)  # warm
     raw = {name: [] for name in arms}
     for i in tqdm(range(rounds), desc="rounds", file=sys.stderr):
         for name, (_, positions) in arms.items():

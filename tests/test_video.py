@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import resource
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 import loop
@@ -117,6 +119,20 @@ def test_heldout_combinations_are_new_and_their_parts_are_not():
     for name, wanted in (("train", rows), ("heldout", heldout)):
         lines = (HERE / f"tiny/video_{name}.txt").read_text().splitlines()
         assert lines == [prompt(*row) for row in wanted]
+
+
+def test_the_embedded_wan_is_small_half_precision_and_as_its_card_says(tmp_path, capsys):
+    files = [p for p in (HERE / "tiny/wan").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 24e6
+    for path in (HERE / "tiny/wan").rglob("*.safetensors"):
+        assert {v.dtype for v in load_file(path).values()} == {torch.float16}
+    train_video.main(["--iterations", "0", "--out", str(tmp_path / "a")])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    card = (HERE / "tiny/wan/README.md").read_text()
+    for name in ("motion", "colour"):
+        assert document[f"{name}_before"] == pytest.approx(
+            float(re.search(rf"{name} reward (?:is )?(\d\.\d+)", card)[1]), abs=0.01
+        )
 
 
 @pytest.fixture(scope="module")
