@@ -36,8 +36,8 @@ from tqdm import tqdm  # noqa: E402
 import loop  # noqa: E402
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777"]  # Okabe and Ito
-plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-plt.rcParams |= {"grid.alpha": 0.3, "svg.hashsalt": "branchgrpo", "figure.constrained_layout.use": True}
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+STYLE |= {"svg.hashsalt": "branchgrpo", "figure.constrained_layout.use": True}
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -141,8 +141,9 @@ def finish(name: str, o, document: dict, draw) -> None:
     path = folder(o) / f"{name}.json"
     path.write_text(json.dumps(provenance(o) | document, indent=1))
     document = json.loads(path.read_text())
-    figure = draw(document)
-    for kind in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{kind}"), dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    plt.close(figure)
+    with plt.rc_context(STYLE):
+        figure = draw(document)
+        for kind in ("png", "svg"):
+            figure.savefig(path.with_suffix(f".{kind}"), dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        plt.close(figure)
     print(json.dumps(document))
