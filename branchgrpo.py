@@ -117,7 +117,8 @@ def rollout(
         step = torch.full((len(nodes),), i, device=device)
         v = velocity(policy, nodes, step, sampler, repeat_cond(cond, x.shape[1]), micro_batch)
         mean, std = sampler.moments(step, nodes, v, forest.stochastic(i))
-        before, x0hat = x0hat, nodes - sampler.sigmas[i].item() * v
+        if keep_x0hat or sampler.flash:
+            before, x0hat = x0hat, nodes - sampler.sigmas[i].item() * v
         if keep_x0hat:
             out.x0hat.append(x0hat.unflatten(0, x.shape[:2]))
         if sampler.flash and forest.last_stochastic + 1 < i < forest.steps - 1:  # its first and last steps stay Euler

@@ -100,10 +100,10 @@ def plan(o, iteration: int) -> Plan:
     """
     rng = np.random.default_rng([o.seed, iteration, 1])
     forest = METHODS[o.method](o, iteration, rng)
-    sigmas = sigma_schedule(o.steps, o.shift)
+    tail = None
     if o.flash:
         k, forest = forest.last_stochastic + 1, forest.with_tail(o.flash)
-        sigmas = sigma_schedule(o.steps, o.shift, (k, forest.steps - k))
+        tail = (k, forest.steps - k)
     stochastic = [i for i in range(forest.steps) if forest.stochastic(i)]
     n = int(np.ceil(o.timestep_fraction * len(stochastic) - 1e-9))
     trained = frozenset(int(i) for i in rng.permutation(stochastic)[:n])
@@ -111,6 +111,7 @@ def plan(o, iteration: int) -> Plan:
     if o.depth_prune is not None:
         first, last = depth_window_range(forest, o.depth_prune, o.depth_stop)
         depth = (window_start(first, last, iteration, o.iterations, o.depth_every), o.depth_prune)
+    sigmas = sigma_schedule(o.steps, o.shift, tail)
     return Plan(forest, sigmas, trained, depth, step_std_weights(o) if o.method == "tempflow" else None)
 
 

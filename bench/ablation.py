@@ -9,10 +9,6 @@ Rule        A change counts where Student's 95 % interval of the paired differen
     python bench/ablation.py             # 1.6 hours on 2 cores
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import matplotlib.pyplot as plt
 import numpy as np
@@ -85,9 +81,8 @@ def main() -> None:
     }
     found = {}
     for name, rows in common.train_all(o, "ablation", tasks).items():
-        evaluated = [r["heldout_reward"] for r in rows if "heldout_reward" in r]
-        seconds = np.mean([r["seconds_rollout"] + r["seconds_train"] for r in rows[1:]])
-        found[name] = {"reward": float(np.mean(evaluated[-3:])), "before": evaluated[0], "seconds": float(seconds)}
+        seconds = float(np.mean([common.policy_seconds(r) for r in rows[1:]]))
+        found[name] = {"reward": common.final_reward(rows), "seconds": seconds}
     result = {}
     for group, arms in groups.items():
         first = [found[f"{next(iter(arms.values()))} seed {s}"]["reward"] for s in range(1, seeds + 1)]

@@ -16,9 +16,7 @@ Rule        Same leaves, same updates, same prompts. Each arm runs at its own be
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,7 +46,7 @@ def seconds_an_iteration(arms: list[str], tuned: dict, o, rounds: int = 3) -> di
         for arm in arms:
             flags = f"{ARMS[arm]}{flags_of(tuned[arm]['setting'])} --eval-size 8 --iterations 9"
             rows = common.train(o, o.out / f"time/{arm}-{i}".replace(" ", "_"), flags.split())
-            seconds[arm].append(np.mean([row["seconds_rollout"] + row["seconds_train"] for row in rows[2:]]))
+            seconds[arm].append(np.mean([common.policy_seconds(row) for row in rows[2:]]))
     return {arm: float(np.median(values)) for arm, values in seconds.items()}
 
 

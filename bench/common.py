@@ -51,10 +51,19 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return p
 
 
+def script(o) -> str:
+    """The module that trains."""
+    return "train_video" if o.video else "train_image"
+
+
+def job(o, flags: str) -> tuple:
+    """What flags ask for, with those of all runs: see the script's own `job`."""
+    return importlib.import_module(script(o)).job([*flags.split(), *o.flags.split()])
+
+
 def prepare(o, flags: str, **changes) -> loop.Run:
     """A run in this process, ready for `loop.iterate`; options that no flag may have are set by `changes`."""
-    script = importlib.import_module("train_video" if o.video else "train_image")
-    options, *rest = script.job([*flags.split(), *o.flags.split()])
+    options, *rest = job(o, flags)
     vars(options).update(changes)
     torch.set_num_threads(o.threads)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -63,25 +72,15 @@ def prepare(o, flags: str, **changes) -> loop.Run:
 
 def variant(run: loop.Run, o, flags: str) -> loop.Run:
     """The same policy, rewards and optimiser under other flags, so that a large model is loaded once; its lr stays."""
-    script = importlib.import_module("train_video" if o.video else "train_image")
-    options = script.job([*flags.split(), *o.flags.split()])[0]
+    options = job(o, flags)[0]
     options.lr = run.o.lr
     return dataclasses.replace(run, o=options)
 
 
 def train(o, folder: Path, flags: list[str]) -> list[dict]:
     """A whole run in a process of its own, kept under `folder` and not repeated; returns its metric rows."""
-    script = "train_video.py" if o.video else "train_image.py"
-    command = [
-        sys.executable,
-        str(ROOT / script),
-        *flags,
-        *o.flags.split(),
-        "--out",
-        str(folder),
-        "--save-every",
-        "1000000",
-    ]
+    where = ["--out", str(folder), "--save-every", "1000000"]
+    command = [sys.executable, str(ROOT / f"{script(o)}.py"), *flags, *o.flags.split(), *where]
     if not (folder / "model").exists():  # the last thing a run writes
         shutil.rmtree(folder, ignore_errors=True)
         done = subprocess.run(
@@ -105,6 +104,16 @@ def train_all(o, name: str, tasks: dict[str, str]) -> dict[str, list[dict]]:
             return rows
 
         return dict(zip(tasks, pool.map(cell, tasks.items())))
+
+
+def policy_seconds(row: dict) -> float:
+    """Rollout, training and optimiser of one iteration; decoding and reward apart."""
+    return row["seconds_rollout"] + row["seconds_train"]
+
+
+def final_reward(rows: list[dict]) -> float:
+    """Mean of the last three held-out evaluations."""
+    return float(np.mean([row["heldout_reward"] for row in rows if "heldout_reward" in row][-3:]))
 
 
 def interval(values, level: float = 0.95) -> tuple[float, float, float]:

@@ -5,7 +5,7 @@ Hypothesis  One leaf of each of many trees cannot be told from sequential sample
             leaves together differ, since they share ancestors: MMD^2 at most .019 in the paper's protocol.
 Metric      Unbiased MMD^2 with a Gaussian kernel, bandwidth the median distance of the pooled sequential samples; p by permuting
             labels; KID with the cubic polynomial kernel. Where 16 samples share a prompt the labels are not exchangeable: p is then
-            no test, and MMD^2 is read against that of two sequential sets. Features: pixels (8 x 8 blocks), and the OCR model's outputs.
+            no test, and MMD^2 is read against that of two sequential sets. Features: pixels (blocks of 4 x 4), and the OCR model's outputs.
             Within a prompt: mean pairwise distance of a tree's leaves over that of sequential samples.
 Rule        One leaf a tree: p above .05. Positive controls that must be rejected: split noise times 4 with the density as it
             was, and eta raised by a fifth.
@@ -14,9 +14,7 @@ Rule        One leaf a tree: p above .05. Positive controls that must be rejecte
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import matplotlib.pyplot as plt
 import numpy as np
@@ -59,7 +57,7 @@ def pixel_features(pictures: torch.Tensor) -> np.ndarray:
 
 
 def ocr_features(run):
-    """The recogniser's outputs before any choice of letters, averaged over its positions."""
+    """The recogniser's outputs before any choice of letters: log-probabilities at its positions, every 17th."""
     session = run.rewards["ocr"].recogniser.session
 
     def features(pictures: torch.Tensor) -> np.ndarray:

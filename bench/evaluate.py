@@ -12,9 +12,7 @@ Rule        A gain counts where its interval lies above 0.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import matplotlib.pyplot as plt
 import numpy as np

@@ -13,10 +13,8 @@ Rule        Fewer units is better; a cosine well below 1 is a bias.
 """
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import matplotlib.pyplot as plt
 import numpy as np

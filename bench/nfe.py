@@ -9,10 +9,6 @@ Rule        Hooks and closed form must be equal, or the script fails.
     python bench/nfe.py                  # 1 minute on one core
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import matplotlib.pyplot as plt
 import numpy as np

@@ -9,10 +9,6 @@ Rule        The law holds where the interval of b excludes 0.
     python bench/scaling.py              # 45 minutes on 2 cores
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,7 +28,7 @@ def reward_at(rows: list[dict], seconds: float) -> float:
     """Held-out reward after so many policy seconds, linear between evaluations; the last one beyond them."""
     clock, at = 0.0, []
     for row in rows:
-        clock += row.get("seconds_rollout", 0) + row.get("seconds_train", 0)
+        clock += common.policy_seconds(row) if "seconds_train" in row else 0
         if "heldout_reward" in row:
             at.append((clock, row["heldout_reward"]))
     return float(np.interp(seconds, *zip(*at)))
@@ -79,19 +75,13 @@ def main() -> None:
         leaves = alone.o.leaves
         dance = common.variant(first, o, f"--method flowgrpo --sde dance --leaves {leaves}{shared}")
         timed = {key: [loop.iterate(r, i)[0] for i in range(3)] for key, r in (("mix", alone), ("dance", dance))}
-        seconds = {
-            k: float(np.median([r["seconds_rollout"] + r["seconds_train"] for r in v])) for k, v in timed.items()
-        }
+        seconds = {k: float(np.median([common.policy_seconds(r) for r in v])) for k, v in timed.items()}
         rows[name] = {"leaves": leaves, "policy_seconds": seconds["mix"], "dance_seconds": seconds["dance"]}
     cheapest = min(r["policy_seconds"] for r in rows.values()) * iterations
     for name, row in rows.items():
         seeds_of = [done[f"{name} seed {s}"] for s in range(1, seeds + 1)]
-        row["reward"] = [
-            float(np.mean([r["heldout_reward"] for r in rs if "heldout_reward" in r][-3:])) for rs in seeds_of
-        ]
-        scale = row["policy_seconds"] / np.mean(
-            [r["seconds_rollout"] + r["seconds_train"] for rs in seeds_of for r in rs[1:]]
-        )
+        row["reward"] = [common.final_reward(rs) for rs in seeds_of]
+        scale = row["policy_seconds"] / np.mean([common.policy_seconds(r) for rs in seeds_of for r in rs[1:]])
         row["reward_at_time"] = [reward_at(rs, cheapest / scale) for rs in seeds_of]
     x = np.log2([r["leaves"] for r in rows.values()])
     laws = {

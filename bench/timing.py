@@ -11,13 +11,12 @@ Rule        The medians against 1.10 times counting.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import matplotlib.pyplot as plt
 import nfe
 import numpy as np
+from scipy.optimize import nnls
 from tqdm import tqdm
 
 import loop
@@ -43,8 +42,6 @@ def bootstrap(values, n: int = 2000) -> list[float]:
 
 def fit(rows: list[dict], names: tuple[str, ...]) -> np.ndarray:
     """Non-negative least squares of relative errors: seconds = sum of cost x count, the weights of `names`."""
-    from scipy.optimize import nnls
-
     seconds = np.array([r["seconds"] for r in rows])
     counts = np.array([[r[k] for k in names] for r in rows]) / seconds[:, None]
     return nnls(counts, np.ones(len(rows)))[0]
@@ -59,7 +56,7 @@ def cost_model(rows: dict[str, dict]) -> dict:
     paper = []
     for name, seconds in PAPER.items():
         old, new = nfe.ARMS[name][1]
-        paper.append({"old": old, "new": new, "both": old + 3 * new, "seconds": seconds, "name": name})
+        paper.append({"both": old + 3 * new, "seconds": seconds, "name": name})
     one = sum(p["seconds"] * p["both"] for p in paper) / sum(p["both"] ** 2 for p in paper)  # least squares of seconds
     theirs = {p["name"]: one * p["both"] / p["seconds"] - 1 for p in paper}
     document = {"seconds_of": dict(zip(names, costs.tolist())), "relative_errors_on_the_other_half": errors}

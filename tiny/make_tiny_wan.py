@@ -147,9 +147,8 @@ def train_vae(vae: AutoencoderKLWan, rows: list[tuple], rng: random.Random, step
     bar = tqdm(range(steps), desc="autoencoder", file=sys.stderr)
     for step in bar:
         _, x = batch(rows, 8, rng)
-        x = x[
-            :, :, : 5 if step < 0.75 * steps else FRAMES
-        ]  # a frame and one group of four teach most of it, in half the time
+        # A frame and one group of four teach most of it, in half the time.
+        x = x[:, :, : 5 if step < 0.75 * steps else FRAMES]
         posterior = vae.encode(x).latent_dist
         error = (decode_unclamped(vae, posterior.mean) - x).abs()
         ink = (x.amin(1, keepdim=True) < 0.9).float()
