@@ -9,6 +9,7 @@ does not depend on the number of processes. Direction of time: as in sde.py.
 
 import json
 import os
+import resource
 import shutil
 import sys
 import time
@@ -175,6 +176,13 @@ def stopwatch(device: torch.device):
     return lap
 
 
+def peak_gib(device: torch.device) -> float:
+    """The most memory this process ever held, GiB: of the GPU, or without one its resident set (Linux, macOS)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
 def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tensor]) -> tuple[Tensor, list, list]:
     """The weighted rewards (P, leaves), and credit from them: fused rewards, which pruning ranks, and advantages.
 
@@ -231,6 +239,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
         "leaves": forest.leaves,
         "trained_edges": counts["trainable"] * o.prompts_per_iteration,
         "nfe": (counts["forwards"] + counts["trained_parents"]) * o.prompts_per_iteration,
+        "peak_gib": peak_gib(acc.device),
     }
     row |= {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
     return row, {"leaf_rewards": leaf_rewards, "advantages": torch.cat(advantages, 1)}
