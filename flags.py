@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "text_offload",
     "tree_offload",
     "reward_offload",
+    "fsdp",
+    "keep",
 )  # between a run and its resumption
 
 
@@ -99,7 +101,8 @@ def parser(
     g("--resume", nargs="?", const="", metavar="OUT", help="continue a run; bare: --out, or the newest in runs")
     g("--eval-every", type=COUNT, default=50, help="iterations between held-out evaluations")
     g("--eval-size", type=COUNT, default=256, help="held-out prompt-noise pairs")
-    g("--save-every", type=COUNT, default=100, help="iterations between checkpoints; the last two are kept")
+    g("--save-every", type=COUNT, default=100, help="iterations between checkpoints")
+    g("--keep", type=COUNT, default=2, help="checkpoints kept, the last ones")
     g("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
     return p
 
@@ -109,6 +112,7 @@ def add_memory_flags(g) -> None:
     g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
     g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
     g("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    g("--fsdp", action="store_true", help="split weights, gradients and optimiser over all processes (torchrun)")
     g("--vae-tiling", action="store_true", help="decode in overlapping tiles")
     g("--text-offload", action="store_true", help="encode all prompts first, then move the text encoders to the CPU")
     g("--tree-offload", action="store_true", help="keep the tree's latents on the CPU")

@@ -21,11 +21,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import parallel
 import rewards as R
 from branchgrpo import Rollout, Sampler, credit, gather, generators, prune, rollout, sample_ode, update
 from flags import MAY_CHANGE, describe
@@ -72,48 +73,47 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
 
 
-def numbered(parameters) -> dict[str, Tensor]:
-    """Parameters by position, as safetensors wants them."""
-    return {str(i): p.detach().cpu().contiguous() for i, p in enumerate(parameters)}
-
-
-def save_checkpoint(run: Run, keep: int = 2) -> None:
-    """Write weights, optimiser, EMA and metrics beside, then rename: a half-written checkpoint never has the good name."""
+def save_checkpoint(run: Run) -> None:
+    """Write state and metrics beside, then rename: a half-written checkpoint never has the good name; --keep are kept."""
+    final, beside, main = run.out / f"checkpoint-{run.iteration}", run.out / ".writing", run.accelerator.is_main_process
+    if main:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
     run.accelerator.wait_for_everyone()
-    if not run.accelerator.is_main_process:
-        return
-    final, beside = run.out / f"checkpoint-{run.iteration}", run.out / ".writing"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_file(numbered(run.policy.trainable()), beside / "trainable.safetensors")
-    if run.ema:
-        save_file(numbered(run.ema.shadow_params), beside / "ema.safetensors")
-    state = {"optimizer": run.optimizer.state_dict(), "ema_step": run.ema.optimization_step if run.ema else 0}
-    torch.save(state, beside / "optimizer.pt")
-    (beside / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(beside, final)
-    for old in checkpoints(run.out)[:-keep]:
-        shutil.rmtree(old)
+    parallel.save(run, beside)
+    run.accelerator.wait_for_everyone()
+    if main:
+        (beside / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(beside, final)
+        for old in checkpoints(run.out)[: -run.o.keep]:
+            shutil.rmtree(old)
 
 
 def load_checkpoint(run: Run, folder: Path) -> None:
-    """Restore what `save_checkpoint` wrote; metric rows written after it are dropped."""
-    weights = load_file(folder / "trainable.safetensors")
-    state = torch.load(folder / "optimizer.pt", weights_only=True, map_location=run.accelerator.device)
-    with torch.no_grad():
-        for i, p in enumerate(run.policy.trainable()):
-            p.copy_(weights[str(i)])
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.ema:
-        shadow = load_file(folder / "ema.safetensors")
-        run.ema.shadow_params = [shadow[str(i)].to(p.device) for i, p in enumerate(run.ema.shadow_params)]
-        run.ema.optimization_step = state["ema_step"]
+    """Restore what `save_checkpoint` wrote, on any number of processes; metric rows written after it are dropped."""
+    parallel.load(run, folder)
     run.history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     run.iteration = int(folder.name.split("-")[1])
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
+def score(run: Run, pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """`rewards.score` of this process's pictures.
+
+    Raises:
+        CannotScore: on every process at once: one that stopped alone would leave the others waiting.
+    """
+    scores, failed = {}, None
+    try:
+        scores = R.score(run.rewards, pictures, prompts)
+    except R.CannotScore as error:
+        failed = str(error)
+    for why in filter(None, gather_object([failed])):
+        raise R.CannotScore(why)
+    return scores
+
+
 @torch.no_grad()
 def generate(run: Run, numbers: range) -> tuple[list[str], dict[str, Tensor], Tensor]:
     """Held-out prompts and noises of these numbers, ODE, EMA weights where EMA is on: prompts, scores (n,), pictures (n, ...)."""
@@ -128,7 +128,7 @@ def generate(run: Run, numbers: range) -> tuple[list[str], dict[str, Tensor], Te
     if run.ema:
         run.ema.restore(run.policy.trainable())
     pictures = run.policy.decode(latents)
-    return prompts, R.score(run.rewards, pictures, prompts), pictures
+    return prompts, score(run, pictures, prompts), pictures
 
 
 def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
@@ -138,9 +138,11 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
         means (heldout_reward, heldout_exact, heldout_NAME), and the first `show` pictures (show, 3, H, W). heldout_exact is
         the share of pictures whose ocr score is 1, absent without ocr.
     """
-    acc = run.accelerator
-    prompts, scores, pictures = generate(run, range(acc.process_index, run.o.eval_size, acc.num_processes))
-    rows = gather_object([{name: float(scores[name][j]) for name in scores} for j in range(len(prompts))])
+    acc, size = run.accelerator, run.o.eval_size
+    share = -(-size // acc.num_processes)  # of each process alike: the last may walk a few numbers too many
+    numbers = range(acc.process_index * share, (acc.process_index + 1) * share)
+    _, scores, pictures = generate(run, numbers)
+    rows = gather_object([{name: float(scores[name][j]) for name in scores} for j, i in enumerate(numbers) if i < size])
     means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
     result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
     if "ocr" in means:
@@ -212,7 +214,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     row = {"seconds_rollout": lap()}
     pictures = policy.decode(out.latents[-1].flatten(0, 1))
     row["seconds_decode"] = lap()
-    scores = R.score(run.rewards, pictures, [p for p in prompts for _ in range(forest.leaves)])
+    scores = score(run, pictures, [p for p in prompts for _ in range(forest.leaves)])
     row["seconds_reward"] = lap()
 
     leaf_rewards, fused, advantages = credit_leaves(run, out, forest, scores)
@@ -307,6 +309,9 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     if o.resume is not None and checkpoints(run.out):
         load_checkpoint(run, checkpoints(run.out)[-1])
     train(run)
+    if run.ema:
+        run.ema.copy_to(run.policy.trainable())
+    run.policy.gather(main_process)
     if main_process:
         finish(run)
         print(json.dumps(summary(run)))
@@ -321,8 +326,10 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
         prompts, heldout: from flags.load_prompts.
 
     Raises:
-        ValueError: if the processes do not share the prompts or updates evenly, or rewards or policy cannot be loaded.
+        ValueError: if --fsdp has no other process, the processes do not share the prompts or updates evenly, or rewards or policy cannot be loaded.
     """
+    if o.fsdp and not torch.distributed.is_initialized():
+        raise ValueError("--fsdp splits the model over processes: start it with torchrun")
     share = o.prompts_per_iteration / accelerator.num_processes
     if share % o.updates:
         n = accelerator.num_processes * o.updates
@@ -331,14 +338,16 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
     setup = R.Setup(o.reward_weights, accelerator.device, dtypes[o.reward_dtype], o.reward_offload, o.reward_batch)
     rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], torch.ones(1, *shape), setup)
     trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
-    memory = {"checkpointing": o.gradient_checkpointing, "tiling": o.vae_tiling}
+    memory = {"checkpointing": o.gradient_checkpointing, "tiling": o.vae_tiling, "sharded": o.fsdp}
     policy = load_policy(dtype=dtypes[o.dtype], device=accelerator.device, **trained, **memory)
     if o.text_offload:
         policy.release_text([*prompts, *heldout])
     run = Run(o, accelerator, policy, prompts, heldout, rewards, weights)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=o.lr, weight_decay=o.weight_decay)
     run.ema = EMAModel(policy.trainable(), decay=o.ema) if o.ema else None
-    policy.transformer, run.optimizer = accelerator.prepare(policy.transformer, optimizer)
+    if not o.fsdp:
+        policy.transformer = accelerator.prepare(policy.transformer)
+    run.optimizer = accelerator.prepare(optimizer)
     return run
 
 
@@ -401,6 +410,8 @@ def train(run: Run) -> None:
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{held:.3f}")
         bar.update()
     bar.close()
+    if run.pictures is None:  # a finished run, resumed
+        run.pictures = evaluate(run)[1]
 
 
 def summary(run: Run) -> dict:

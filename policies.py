@@ -20,7 +20,10 @@ from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging as transformers_logging
+
+from parallel import shard, unshard
 
 Cond = dict[str, Tensor]
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -70,6 +73,7 @@ class Policy:
         keep_reference: keep the untrained velocity at hand, for the KL term (free with LoRA, a copy without).
         checkpointing: compute activations again in the backward pass instead of keeping them.
         tiling: decode in overlapping tiles, which changes seams a little, and pictures of a batch one by one.
+        sharded: split the transformer over all processes (FSDP2); see parallel.py.
     """
 
     pipeline_class: type
@@ -84,6 +88,7 @@ class Policy:
         keep_reference=False,
         checkpointing=False,
         tiling=False,
+        sharded=False,
     ):
         self.pipe, self.device, self.autocast, self.lora = pipe, torch.device(device), autocast, lora
         pipe.set_progress_bar_config(disable=True)
@@ -92,10 +97,11 @@ class Policy:
         if tiling:
             pipe.vae.enable_tiling()
             pipe.vae.enable_slicing()
-        pipe.to(self.device)
-        for part in pipe.components.values():
+        for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
+                if not (sharded and name == "transformer"):  # which may be too large for one device
+                    part.to(self.device)
         self.transformer = pipe.transformer
         self.reference = copy.deepcopy(pipe.transformer) if keep_reference and not lora else None
         if lora:
@@ -105,6 +111,9 @@ class Policy:
             self.transformer.requires_grad_(True)
         for weight in self.trainable():
             weight.data = weight.data.float()  # fp32 master weights, whatever the checkpoint's dtype
+        for model in (self.transformer, self.reference) if sharded else ():
+            if model is not None:
+                shard(model, self.device, autocast)
         self._encoded: dict[str, dict[str, Tensor]] = {}
 
     @classmethod
@@ -151,6 +160,12 @@ class Policy:
         if adapters_off:
             self.pipe.transformer.enable_adapters()
         return v.float()
+
+    def gather(self, main_process: bool) -> None:
+        """Make a sharded transformer whole on the main process, to draw and to save; every process must call it."""
+        if isinstance(self.transformer, FSDPModule):
+            dtype = torch.bfloat16 if self.autocast else torch.float32
+            self.transformer = self.pipe.transformer = unshard(self.transformer, main_process, dtype)
 
     def save(self, folder: Path) -> None:
         """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`."""

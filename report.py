@@ -34,9 +34,7 @@ TREE_KEY = 2**31 + 1  # noise of the drawn tree
 
 
 def write(run) -> None:
-    """Write the three pictures into the run's folder, and the model (with EMA, its weights) into OUT/model."""
-    if run.pictures is None:
-        run.pictures = loop.evaluate(run)[1]
+    """Write the three pictures into the run's folder, and the model into OUT/model."""
     before = load_file(run.out / "before.safetensors")["pictures"]
     prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
     columns = 6 if before.ndim == 4 else 2
@@ -44,8 +42,6 @@ def write(run) -> None:
     if before.ndim == 5:
         play(before, run.pictures, prompts, run.out / "before_after")
     curves(run.history, run.out / "curves.png")
-    if run.ema:
-        run.ema.copy_to(run.policy.trainable())
     tree(run, run.out / "tree.png")
     run.policy.save(run.out / "model")
 
