@@ -6,8 +6,12 @@ widths of windows. Only an explicit contradiction is an error.
 """
 
 import argparse
+import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
+
+import datasets
 
 from rewards import REWARDS, parse_weights
 from schedules import DANCE_STEPS, METHODS, TREES, WINDOWED, plan
@@ -26,10 +30,13 @@ MAY_CHANGE = (
     "micro_batch",
     "gradient_checkpointing",
     "text_offload",
+    "text_cache",
+    "compile",
     "tree_offload",
     "reward_offload",
     "fsdp",
     "keep",
+    "tracker",
 )  # between a run and its resumption
 
 
@@ -86,8 +93,12 @@ def parser(
     p = Parser(description=description, formatter_class=Help, allow_abbrev=False)
     g = p.add_argument_group("model and data").add_argument
     g("--model", default=model, help="folder or hub id of a diffusers pipeline")
-    g("--prompts", help="text file, a prompt a line; default: those of the embedded model")
-    g("--eval-prompts", help="held-out prompts, a line each; default: the last tenth of --prompts")
+    g(
+        "--prompts",
+        help="text (a line each), .json, .jsonl, .csv, .parquet, or hub:NAME:SPLIT; default: the embedded model's",
+    )
+    g("--eval-prompts", help="held-out prompts, likewise; default: the last tenth of --prompts")
+    g("--prompt-column", default="prompt", help="of a record of --prompts and --eval-prompts")
     g("--height", type=COUNT, default=height, help="pixels (paper: 720)")
     g("--width", type=COUNT, default=width, help="pixels (paper: 720)")
     g("--guidance", type=NOT_NEGATIVE, default=guidance, help="scale (FLUX.1-dev, embedded: 3.5; Wan2.1: 5; 1 is none)")
@@ -95,6 +106,11 @@ def parser(
     add_tree_flags(p.add_argument_group("tree").add_argument)
     add_learning_flags(p, reward)
     add_memory_flags(p.add_argument_group("memory").add_argument)
+    g = p.add_argument_group("plan").add_argument
+    g("--plan", metavar="ARCHITECTURE", help="only say what it would cost: flux1-dev or wan2.1-1.3b; see hardware.py")
+    g("--gpu", default="h100", help="of the plan: h100, h200, a100, l40s, rtx4090, rtx3090")
+    g("--gpus", type=COUNT, default=1, help="of the plan")
+    g("--utilisation", type=number(float, 0, 1, above=True), default=0.4, help="of the plan: share of the peak rate")
     g = p.add_argument_group("run").add_argument
     g("--seed", type=FROM_ZERO, default=0, help="of prompts order and noise; held-out noises never change")
     g("--out", help="the run's folder; default: runs/METHOD-DATE")
@@ -103,6 +119,12 @@ def parser(
     g("--eval-size", type=COUNT, default=256, help="held-out prompt-noise pairs")
     g("--save-every", type=COUNT, default=100, help="iterations between checkpoints")
     g("--keep", type=COUNT, default=2, help="checkpoints kept, the last ones")
+    g(
+        "--tracker",
+        choices=("tensorboard", "wandb"),
+        default="tensorboard",
+        help="where metrics go beside metrics.jsonl",
+    )
     g("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
     return p
 
@@ -112,9 +134,12 @@ def add_memory_flags(g) -> None:
     g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
     g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
     g("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    g("--nf4", action="store_true", help="frozen weights of the transformer in 4 bits; needs --lora and bitsandbytes")
     g("--fsdp", action="store_true", help="split weights, gradients and optimiser over all processes (torchrun)")
     g("--vae-tiling", action="store_true", help="decode in overlapping tiles")
-    g("--text-offload", action="store_true", help="encode all prompts first, then move the text encoders to the CPU")
+    g("--text-offload", action="store_true", help="encode all prompts first; then the text encoders wait on the CPU")
+    g("--text-cache", metavar="DIR", help="keep encoded prompts there, for this run and others")
+    g("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     g("--tree-offload", action="store_true", help="keep the tree's latents on the CPU")
 
 
@@ -280,20 +305,44 @@ def resolve(o) -> None:
         raise ValueError(f"--reward needs a reward with a weight other than 0, got {o.reward!r}")
     if o.watch != "auto":
         parse_weights(o.watch)
+    for asked, flag, package in ((o.tracker == "wandb", "--tracker wandb", "wandb"), (o.nf4, "--nf4", "bitsandbytes")):
+        if asked and find_spec(package) is None:
+            raise ValueError(f"{flag}: pip install {package}")
+    if o.nf4 and not o.lora:
+        raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
+    if o.nf4 and o.fsdp:
+        raise ValueError("--nf4 does not go with --fsdp: packed weights cannot be split")
     plan(o, 0)
 
 
-def read_prompts(path: str, flag: str) -> list[str]:
-    """Prompts of a text file, a line each; blank lines and repeats are dropped.
+def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
+    """Prompts of a file or of a data set on the hub; blank ones and repeats are dropped.
+
+    Args:
+        path: a text file, a prompt a line; .json, a list of prompts or of records, as HPDv2's; .jsonl, .csv or .parquet;
+            hub:NAME or hub:NAME:SPLIT, by default its split `train`.
+        column: of a record, that holds its prompt.
 
     Raises:
-        ValueError: if the file is missing, no text or empty.
+        ValueError: if it is missing, cannot be read, lacks the column or holds no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path} cannot be read: {error}") from error
-    prompts = list(dict.fromkeys(filter(None, map(str.strip, lines))))
+        if path.startswith("hub:"):
+            name, _, split = path.removeprefix("hub:").partition(":")
+            rows = datasets.load_dataset(name, split=split or "train")[column]
+        elif path.endswith((".jsonl", ".csv", ".parquet")):
+            kind = {"jsonl": "json"}.get(path.rsplit(".")[-1], path.rsplit(".")[-1])
+            rows = datasets.load_dataset(kind, data_files=path, split="train")[column]
+        elif path.endswith(".json"):
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = [row if isinstance(row, str) else row[column] for row in rows]
+        else:
+            rows = Path(path).read_text(encoding="utf-8").splitlines()
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{flag} {path} has no column {column!r}: name it with --prompt-column") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{flag} {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    prompts = list(dict.fromkeys(filter(None, (str(row).strip() for row in rows))))
     if not prompts:
         raise ValueError(f"{flag} {path} holds no prompt")
     return prompts
@@ -305,9 +354,9 @@ def load_prompts(o, train: str, heldout: str) -> tuple[list[str], list[str]]:
     Raises:
         ValueError: if a file is unusable, or a prompt stands in both.
     """
-    prompts = read_prompts(o.prompts or train, "--prompts")
+    prompts = read_prompts(o.prompts or str(train), "--prompts", o.prompt_column)
     if o.eval_prompts or not o.prompts:
-        held = read_prompts(o.eval_prompts or heldout, "--eval-prompts")
+        held = read_prompts(o.eval_prompts or str(heldout), "--eval-prompts", o.prompt_column)
     else:
         n = max(1, len(prompts) // 10)
         prompts, held = prompts[:-n], prompts[-n:]

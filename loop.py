@@ -19,16 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import hardware
 import parallel
 import rewards as R
-from branchgrpo import Rollout, Sampler, credit, gather, generators, prune, rollout, sample_ode, update
+from branchgrpo import NonFinite, Rollout, Sampler, credit, gather, generators, prune, rollout, sample_ode, update
 from flags import MAY_CHANGE, describe
 from schedules import noise_sharing, plan
 from sde import sigma_schedule
@@ -144,10 +145,11 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
     _, scores, pictures = generate(run, numbers)
     rows = gather_object([{name: float(scores[name][j]) for name in scores} for j, i in enumerate(numbers) if i < size])
     means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
+    shown = acc.gather((pictures[:show] * 255).round().byte().to(acc.device))[:show].cpu() / 255  # in order of numbers
     result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
     if "ocr" in means:
         result["heldout_exact"] = float(np.mean([row["ocr"] == 1 for row in rows]))
-    return result | {f"heldout_{name}": value for name, value in means.items()}, pictures[:show]
+    return result | {f"heldout_{name}": value for name, value in means.items()}, shown
 
 
 # ----------------------------------------------------------------------------------------------------------- iteration
@@ -157,6 +159,13 @@ def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
     epochs = range(first // size, (first + n - 1) // size + 1)
     order = {e: np.random.default_rng([seed, e, 2]).permutation(size) for e in epochs}
     return [prompts[order[i // size][i % size]] for i in range(first, first + n)]
+
+
+def own_prompts(o, accelerator: Accelerator, prompts: list[str]) -> list[str]:
+    """Those that this process will train on in the whole run."""
+    share = o.prompts_per_iteration // accelerator.num_processes
+    first = [i * o.prompts_per_iteration + accelerator.process_index * share for i in range(o.iterations)]
+    return list(dict.fromkeys(p for at in first for p in prompts_at(prompts, o.seed, at, share)))
 
 
 def strip(pictures: Tensor, n: int = 3) -> Tensor:
@@ -285,6 +294,19 @@ def keep_options(o) -> None:
             )
 
 
+def start(script: str, job, argv: list[str] | None, finish) -> None:
+    """A script's main: what `job` makes of the flags is trained, or with --plan only counted; an error is one sentence, exit 2."""
+    try:
+        o, *rest = job(argv)
+        if o.plan:
+            print(hardware.report(o))
+        else:
+            main(o, *rest, finish)
+    except (ValueError, NonFinite) as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: list[str], finish) -> None:
     """A whole run from resolved options: rewards, policy, loop, pictures; prints the counts first, the document last.
 
@@ -338,10 +360,16 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
     setup = R.Setup(o.reward_weights, accelerator.device, dtypes[o.reward_dtype], o.reward_offload, o.reward_batch)
     rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], torch.ones(1, *shape), setup)
     trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
-    memory = {"checkpointing": o.gradient_checkpointing, "tiling": o.vae_tiling, "sharded": o.fsdp}
+    memory = {
+        "checkpointing": o.gradient_checkpointing,
+        "tiling": o.vae_tiling,
+        "sharded": o.fsdp,
+        "compiled": o.compile,
+    }
+    memory |= {"text_offload": o.text_offload, "text_cache": o.text_cache, "nf4": o.nf4}
     policy = load_policy(dtype=dtypes[o.dtype], device=accelerator.device, **trained, **memory)
     if o.text_offload:
-        policy.release_text([*prompts, *heldout])
+        policy.remember([*own_prompts(o, accelerator, prompts), *heldout[: o.eval_size]])
     run = Run(o, accelerator, policy, prompts, heldout, rewards, weights)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=o.lr, weight_decay=o.weight_decay)
     run.ema = EMAModel(policy.trainable(), decay=o.ema) if o.ema else None
@@ -352,29 +380,36 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
 
 
 class Log:
-    """metrics.jsonl and TensorBoard, written by the main process; on resume both lose what came after the checkpoint."""
+    """metrics.jsonl and a tracker, written by the main process; on resume both lose what came after the checkpoint."""
 
     def __init__(self, run: Run):
         self.run, self.main = run, run.accelerator.is_main_process
-        if self.main:
-            self.path = run.out / "metrics.jsonl"
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in run.history))
-            self.board = SummaryWriter(run.out / "tensorboard", purge_step=run.iteration + 1)
+        if not self.main:
+            return
+        self.path = run.out / "metrics.jsonl"
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in run.history))
+        if run.o.tracker == "wandb":
+            settings = {"dir": run.out, "id": run.out.name, "resume": "allow", "config": vars(run.o)}
+            self.tracker = WandBTracker("branchgrpo", **settings)
+        else:
+            self.tracker = TensorBoardTracker("tensorboard", run.out, purge_step=run.iteration + 1)
+        self.tracker.start()
 
     def write(self, row: dict, pictures: Tensor | None = None, histograms: dict[str, Tensor] | None = None) -> None:
-        """Append one row; scalars to TensorBoard, and pictures and histograms where there are some."""
+        """Append one row; scalars and pictures to the tracker, histograms to TensorBoard."""
         self.run.history.append(row)
         if not self.main:
             return
         with self.path.open("a") as f:
             f.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "iteration":
-                self.board.add_scalar(name, value, row["iteration"])
+        at = row["iteration"]
+        self.tracker.log({name: value for name, value in row.items() if name != "iteration"}, step=at)
         if pictures is not None:
-            self.board.add_images("heldout", strip(pictures), row["iteration"])
-        for name, values in (histograms or {}).items():
-            self.board.add_histogram(name, values, row["iteration"])
+            layout = {"dataformats": "NHWC"} if self.run.o.tracker == "tensorboard" else {}
+            self.tracker.log_images({"heldout": R.to_uint8(strip(pictures))}, step=at, **layout)
+        if self.run.o.tracker == "tensorboard":
+            for name, values in (histograms or {}).items():
+                self.tracker.writer.add_histogram(name, values, at)
 
 
 def train(run: Run) -> None:
@@ -410,6 +445,8 @@ def train(run: Run) -> None:
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{held:.3f}")
         bar.update()
     bar.close()
+    if log.main:
+        log.tracker.finish()
     if run.pictures is None:  # a finished run, resumed
         run.pictures = evaluate(run)[1]
 

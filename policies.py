@@ -12,15 +12,20 @@ text are read from the checkpoint's own config, so a small model and FLUX.1-dev 
 """
 
 import copy
+import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, PipelineQuantizationConfig, WanPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from parallel import shard, unshard
@@ -39,8 +44,8 @@ def take_cond(cond: Cond, index: Tensor) -> Cond:
     return {name: value[index.to(value.device)] for name, value in cond.items()}
 
 
-def load_pipeline(model: str, wanted: type, dtype: torch.dtype) -> DiffusionPipeline:
-    """Load a diffusers pipeline of one class from a folder or a hub id.
+def load_pipeline(model: str, wanted: type, dtype: torch.dtype, nf4: bool = False) -> DiffusionPipeline:
+    """Load a diffusers pipeline of one class from a folder or a hub id; with nf4 the transformer's linear layers in 4 bits.
 
     Raises:
         ValueError: if it is missing, lacks a component, or is of another class; one sentence.
@@ -57,9 +62,15 @@ def load_pipeline(model: str, wanted: type, dtype: torch.dtype) -> DiffusionPipe
         config = config if Path(model).is_dir() else DiffusionPipeline.load_config(model)
         if config["_class_name"] != wanted.__name__:
             raise ValueError(f"--model {model} is a {config['_class_name']}; a {wanted.__name__} is needed here")
-        return wanted.from_pretrained(model, dtype=dtype)
+        return wanted.from_pretrained(model, dtype=dtype, **({"quantization_config": four_bits(dtype)} if nf4 else {}))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def four_bits(dtype: torch.dtype) -> PipelineQuantizationConfig:
+    """QLoRA's NF4 (arXiv:2305.14314) for the transformer: 4.5 bits a weight, computed in `dtype`."""
+    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return PipelineQuantizationConfig("bitsandbytes_4bit", kind, components_to_quantize=["transformer"])
 
 
 class Policy:
@@ -74,10 +85,14 @@ class Policy:
         checkpointing: compute activations again in the backward pass instead of keeping them.
         tiling: decode in overlapping tiles, which changes seams a little, and pictures of a batch one by one.
         sharded: split the transformer over all processes (FSDP2); see parallel.py.
+        compiled: compile the repeated blocks.
+        text_offload: text encoders are on the device only while they encode.
+        text_cache: a folder that keeps what they encoded, for this run and others.
     """
 
     pipeline_class: type
     latent_shape: tuple[int, ...]
+    guided = False  # are prompts encoded with an empty one beside them?
 
     def __init__(
         self,
@@ -89,6 +104,9 @@ class Policy:
         checkpointing=False,
         tiling=False,
         sharded=False,
+        compiled=False,
+        text_offload=False,
+        text_cache: str | None = None,
     ):
         self.pipe, self.device, self.autocast, self.lora = pipe, torch.device(device), autocast, lora
         pipe.set_progress_bar_config(disable=True)
@@ -100,7 +118,8 @@ class Policy:
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
-                if not (sharded and name == "transformer"):  # which may be too large for one device
+                waits = text_offload if name.startswith("text_encoder") else sharded and name == "transformer"
+                if not waits:
                     part.to(self.device)
         self.transformer = pipe.transformer
         self.reference = copy.deepcopy(pipe.transformer) if keep_reference and not lora else None
@@ -114,14 +133,18 @@ class Policy:
         for model in (self.transformer, self.reference) if sharded else ():
             if model is not None:
                 shard(model, self.device, autocast)
-        self._encoded: dict[str, dict[str, Tensor]] = {}
+        if compiled:
+            pipe.transformer.compile_repeated_blocks(dynamic=True)
+        self.text_offload, self.text_cache, self._encoded = text_offload, text_cache, {}
+        if text_cache:
+            Path(text_cache).mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def load(cls, model: str, *sizes: int, dtype: torch.dtype = torch.float32, **kwargs) -> "Policy":
+    def load(cls, model: str, *sizes: int, dtype: torch.dtype = torch.float32, nf4=False, **kwargs) -> "Policy":
         """From a local folder or a hub id; see `load_pipeline` and the class for what is raised."""
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-        pipe = load_pipeline(model, cls.pipeline_class, dtype)
+        pipe = load_pipeline(model, cls.pipeline_class, dtype, nf4)
         return cls(pipe, *sizes, autocast=dtype == torch.bfloat16, **kwargs)
 
     def trainable(self) -> list[torch.nn.Parameter]:
@@ -132,22 +155,45 @@ class Policy:
         """Text to conditioning, with the pipeline's own encoders."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Cond:
-        """Text to conditioning, first dimension the prompts; each prompt is encoded once in the life of the policy."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
-        if new:
-            cond = self.embed(new)
-            self._encoded |= {p: {k: v[i].cpu() for k, v in cond.items()} for i, p in enumerate(new)}
-        rows = [self._encoded[p] for p in prompts]
-        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+    def cached(self, prompt: str) -> Path:
+        """A prompt's file in text_cache, named by all that its encoding depends on, the encoders' weights among it."""
+        words = [type(self).__name__, str(self.text_length), str(self.guided), prompt]
+        for name, encoder in sorted(self.pipe.components.items()):
+            if name.startswith("text_encoder") and encoder:
+                weight = next(encoder.parameters()).flatten()[:4096].float().cpu()
+                words += [str(encoder.dtype), weight.numpy().tobytes().hex()]
+        return Path(self.text_cache, hashlib.sha256("\n".join(words).encode()).hexdigest())
 
-    def release_text(self, prompts: list[str]) -> None:
-        """Encode every prompt that will be needed, then move the text encoders to the CPU."""
-        self.encode(prompts)
-        for name, part in self.pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                part.to("cpu")
+    @torch.no_grad()
+    def remember(self, prompts: list[str]) -> None:
+        """Encode what was never encoded, in the memory or in text_cache; with text_offload the encoders visit the device for it."""
+        new = [
+            p
+            for p in dict.fromkeys(prompts)
+            if not (self.cached(p).exists() if self.text_cache else p in self._encoded)
+        ]
+        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder") and part]
+        for encoder in encoders if new else ():
+            encoder.to(self.device)
+        for start in tqdm(range(0, len(new), 32), desc="prompts", file=sys.stderr, disable=len(new) < 256):
+            some = new[start : start + 32]
+            cond = {name: value.cpu() for name, value in self.embed(some).items()}
+            for i, prompt in enumerate(some):
+                row = {name: value[i].clone() for name, value in cond.items()}
+                if not self.text_cache:
+                    self._encoded[prompt] = row
+                    continue
+                beside = self.cached(prompt).with_suffix(f".{os.getpid()}")  # several processes may write the same one
+                save_file(row, beside)
+                os.replace(beside, self.cached(prompt))
+        for encoder in encoders if new and self.text_offload else ():
+            encoder.to("cpu")
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """Text to conditioning, first dimension the prompts; each prompt is encoded once, with text_cache once for all runs."""
+        self.remember(prompts)
+        rows = [load_file(self.cached(p)) if self.text_cache else self._encoded[p] for p in prompts]
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def call(self, reference: bool, **inputs) -> Tensor:
         """The transformer, or with `reference` the untrained one, under autocast: its output in float32."""
@@ -233,9 +279,10 @@ class FluxPolicy(Policy):
         )
 
     @torch.no_grad()
-    def decode(self, x: Tensor, micro_batch: int = 64) -> Tensor:
-        """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
+    def decode(self, x: Tensor) -> Tensor:
+        """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU; one by one, unless tiny."""
         vae, pictures = self.pipe.vae, []
+        micro_batch = max(1, 2**17 // (self.height * self.width))
         for part in x.split(micro_batch):
             z = self.pipe._unpack_latents(part.to(self.device), self.height, self.width, self.pipe.vae_scale_factor)
             z = z / vae.config.scaling_factor + vae.config.shift_factor
@@ -266,7 +313,7 @@ class WanPolicy(Policy):
         if pipe.transformer_2 is not None:
             raise ValueError("--model has a transformer for each noise range; only one can be trained here")
         super().__init__(pipe, **kwargs)
-        self.guidance, shrink = guidance, pipe.vae_scale_factor_spatial
+        self.guidance, self.guided, shrink = guidance, guidance != 1, pipe.vae_scale_factor_spatial
         self.latent_shape = (
             pipe.transformer.config.in_channels, (frames - 1) // fold + 1, height // shrink, width // shrink,
         )  # fmt: skip
@@ -274,14 +321,14 @@ class WanPolicy(Policy):
 
     def embed(self, prompts: list[str]) -> Cond:
         """UMT5 states (P, L, C), zero after the text; with guidance those of the empty prompt beside them."""
-        guided = {"do_classifier_free_guidance": self.guidance != 1, "max_sequence_length": self.text_length}
-        states, empty = self.pipe.encode_prompt(prompts, **guided, device=self.device)
+        how = {"do_classifier_free_guidance": self.guided, "max_sequence_length": self.text_length}
+        states, empty = self.pipe.encode_prompt(prompts, **how, device=self.device)
         return {"states": states} | ({} if empty is None else {"empty": empty})
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
         """v_theta(x, sigma, prompt), guided: x (B, *latent_shape), sigma (B,) in (0, 1] -> the same shape, float32."""
         t = sigma.float() * self.pipe.scheduler.config.num_train_timesteps
-        if self.guidance == 1:
+        if not self.guided:
             return self.call(reference, hidden_states=x, timestep=t, encoder_hidden_states=cond["states"])
         both = torch.cat([cond["states"], cond["empty"]])
         v = self.call(

@@ -59,15 +59,25 @@ def timing(d: dict) -> str:
                 theirs,
                 f"{r['ratio']:.3f} {interval}",
                 r["ratio_counted"],
+                r.get("ratio_planned"),
                 r["ratio_of_totals"],
                 r["policy_seconds"],
             ]
         )
-    head = ["method", "paper", "ours: policy seconds", "counted", "ours: all seconds", "policy seconds an iteration"]
+    head = [
+        "method",
+        "paper",
+        "ours: policy seconds",
+        "counted",
+        "planned",
+        "ours: all seconds",
+        "policy seconds an iteration",
+    ]
     model, errors = d["cost_model"], d["cost_model"]["relative_errors_on_the_other_half"]
     note = (
-        "Ratios to DanceGRPO, ours to the sequential one. Policy seconds are rollout, training and optimiser; the last column but one adds"
-        f" decoding and reward. A cost model of forwards, trained parents and a constant, fitted on every second row, predicts the others"
+        'Ratios to DanceGRPO, ours to the sequential one. Policy seconds are rollout, training and optimiser; "all seconds" adds'
+        " decoding and reward. Counted: forwards + 3 trained parents. Planned: by hardware.py, from a measured curve of seconds against"
+        f" batch size. A cost model of forwards, trained parents and a constant, fitted on every second row, predicts the others"
         f" with errors of {100 * min(errors):+.0f} to {100 * max(errors):+.0f} %. The paper's seconds follow"
         f" {model['paper_seconds_a_unit']:.2f} (NFE old + 3 NFE new) with errors of "
         + ", ".join(f"{100 * e:+.0f} % ({n})" for n, e in model["paper_relative_errors"].items())
