@@ -134,7 +134,12 @@ def add_memory_flags(g) -> None:
     g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
     g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
     g("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    g("--nf4", action="store_true", help="frozen weights of the transformer in 4 bits; needs --lora and bitsandbytes")
+    g(
+        "--nf4",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="frozen weights of the transformer in 4 bits; needs --lora and bitsandbytes",
+    )
     g("--fsdp", action="store_true", help="split weights, gradients and optimiser over all processes (torchrun)")
     g("--vae-tiling", action="store_true", help="decode in overlapping tiles")
     g("--text-offload", action="store_true", help="encode all prompts first; then the text encoders wait on the CPU")
@@ -354,6 +359,8 @@ def load_prompts(o, train: str, heldout: str) -> tuple[list[str], list[str]]:
     Raises:
         ValueError: if a file is unusable, or a prompt stands in both.
     """
+    if o.plan:  # needs none
+        return [], []
     prompts = read_prompts(o.prompts or str(train), "--prompts", o.prompt_column)
     if o.eval_prompts or not o.prompts:
         held = read_prompts(o.eval_prompts or str(heldout), "--eval-prompts", o.prompt_column)

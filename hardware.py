@@ -86,7 +86,7 @@ ARCHITECTURES = {
         flops=wan_flops,
         width=1536,
         blocks=30,
-        block=46_467_584,
+        block=46_440_704,
         saved=555,
         lora=30 * 16,
         frozen={"UMT5-XXL": 5_680_910_336, "VAE": 126_892_531},
@@ -278,6 +278,11 @@ def report(o) -> str:
     found = memory(o, o.gpus)
     lines += [f"{name:<44}{n / GIB:8.2f} GiB" for name, n in found.items() if n]
     total = sum(found.values())
+    encoders = 2 * sum(n for name, n in arch.frozen.items() if name != "VAE") if o.text_offload else 0
+    held = found["weights, frozen"] + found["weights, trained, fp32"]
+    total = max(total, held + encoders)
+    if encoders:
+        lines.append(f"{'(while prompts are encoded, before training':<44}{(held + encoders) / GIB:8.2f} GiB)")
     lines.append(
         f"{'in all, of ' + f'{size / GIB:.1f}':<44}{total / GIB:8.2f} GiB: {'fits' if total < 0.9 * size else 'DOES NOT FIT'}"
     )

@@ -4,7 +4,7 @@ Question    How much time do tree, noise, credit and loss add to the transformer
             prompts cost in seconds and memory?
 Hypothesis  Rollout at most 1.10 times the bare calls at the same batch shapes, training at most 1.15 times bare forward and
             backward (optimiser step included on our side only), an iteration at least 8 times faster than one node at a time.
-            Seconds grow with the forwards and trained parents that are counted; memory hardly grows, in micro-batches.
+            Two processes on two cores score at least 1.7 times as many leaves a second as one on one. Seconds grow with the forwards and trained parents that are counted; memory hardly grows, in micro-batches.
 Metric      Ratios of seconds, measured in turn in one process, median and range over repetitions. Growth: median policy seconds
             (rollout and training) of three iterations and the peak memory of a process of its own for each size.
 Rule        The medians against the three bounds.
@@ -38,6 +38,15 @@ GROWTH = {  # what grows -> value -> flags
     "leaves, no micro-batch": {n: f"--leaves {n} --micro-batch 0" for n in (4, 8, 16, 32, 64)},
     "steps": {n: f"--steps {n}" for n in (10, 20, 40)},
     "prompts": {n: f"--prompts-per-iteration {n}" for n in (1, 2, 4, 8)},
+}
+SWITCHES = {  # what none of them changes is the result; see the tests
+    "none": "",
+    "--micro-batch 8": "--micro-batch 8",
+    "--micro-batch 0": "--micro-batch 0",
+    "--gradient-checkpointing": "--gradient-checkpointing",
+    "--tree-offload": "--tree-offload",
+    "--text-offload": "--text-offload",
+    "--compile": "--compile",
 }
 
 
@@ -130,6 +139,28 @@ def grow(o) -> dict[str, dict]:
     return found
 
 
+def switched(o) -> dict[str, dict]:
+    """Switches of memory and speed: policy seconds and peak memory with each."""
+    cells = {name: f"{BASE} --iterations 5 {flags}" for name, flags in SWITCHES.items()}
+    if o.smoke:
+        cells = {"none": cells["none"] + " --leaves 4 --prompts-per-iteration 1"}
+    found = common.train_all(o, "switches", cells)
+    policy = {name: float(np.median([common.policy_seconds(r) for r in rows[3:]])) for name, rows in found.items()}
+    return {name: {"policy_seconds": policy[name], "memory_gib": rows[-1]["peak_gib"]} for name, rows in found.items()}
+
+
+def processes(o) -> dict[str, float]:
+    """Leaves a second of one process on one core, and of two on two: each the same prompts, so twice as many in all."""
+    flags = f"{BASE} --method branchgrpo-mix --iterations {2 if o.smoke else 8} --prompts-per-iteration"
+    rates = {}
+    for n in (1, 2):
+        where = common.ROOT / ("runs/smoke" if o.smoke else "runs/bench") / f"processes_{n}"
+        rows = common.train(o, where, f"{flags} {4 * n}".split(), processes=n, threads=1)
+        whole = [sum(v for k, v in row.items() if k.startswith("seconds_") and k != "seconds_eval") for row in rows[1:]]
+        rates[str(n)] = 4 * n * rows[-1]["leaves"] / float(np.median(whole[1:]))
+    return rates
+
+
 def draw(document: dict):
     """The ratios with their range; policy seconds, seconds a unit of counting and memory against what grows."""
     figure, growth = plt.figure(figsize=(13, 4)), document["growth"]
@@ -161,14 +192,20 @@ def main() -> None:
     found = ratios(o, 1 if o.smoke else o.repetitions)
     for (name, values), bound in zip(found.items(), BOUNDS.values()):
         print(f"{name:<42} {np.median(values):6.2f}  [{min(values):.2f}, {max(values):.2f}]   {bound}")
-    growth = grow(o)
+    growth, switches, rates = grow(o), switched(o), processes(o)
     print(f"{'':<30}{'policy s':>9}{'ms a unit':>11}{'GiB':>7}")
     for what, row in growth.items():
         for n, c in row.items():
             print(
                 f"{what + ' ' + n:<30}{c['policy_seconds']:9.2f}{1000 * c['seconds_a_unit']:11.2f}{c['memory_gib']:7.2f}"
             )
-    common.finish("overhead", o, {"ratios": found, "bounds": BOUNDS, "growth": growth}, draw)
+    for name, c in switches.items():
+        print(f"{name:<30}{c['policy_seconds']:9.2f}{c['memory_gib']:18.2f}")
+    print(
+        f"leaves a second: one process {rates['1']:.1f}, two {rates['2']:.1f}, {rates['2'] / rates['1']:.2f} times as many"
+    )
+    document = {"ratios": found, "bounds": BOUNDS, "growth": growth, "switches": switches, "leaves_a_second": rates}
+    common.finish("overhead", o, document, draw)
 
 
 if __name__ == "__main__":

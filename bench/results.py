@@ -177,11 +177,15 @@ def overhead(d: dict) -> str:
         for n, c in row.items()
     ]
     head = ["what grows", "policy seconds an iteration", "ms a forward (backward: 2)", "peak memory, GiB"]
+    switches = [[f"`{n}`", c["policy_seconds"], f"{c['memory_gib']:.2f}"] for n, c in d["switches"].items()]
+    rates = d["leaves_a_second"]
     note = (
-        "Ratios: median and range. Growth starts from T = 20, 16 leaves, 4 prompts, micro-batches of 64 nodes, all steps stochastic."
+        f"Leaves a second: one process on one core {rates['1']:.1f}, two on two {rates['2']:.1f}, {rates['2'] / rates['1']:.2f} times as many."
+        " Ratios: median and range. Growth starts from T = 20, 16 leaves, 4 prompts, micro-batches of 64 nodes, all steps stochastic."
         " The paper has no such figures."
     )
-    return f"{table(['ratio of seconds', 'hoped for', 'ours'], rows)}\n\n{table(head, growth)}\n\n{note}"
+    tables = (table(["ratio of seconds", "hoped for", "ours"], rows), table(head, growth))
+    return "\n\n".join([*tables, table(["switch", "policy seconds an iteration", "peak memory, GiB"], switches), note])
 
 
 def evaluate(d: dict) -> str:

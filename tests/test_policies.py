@@ -217,3 +217,42 @@ def test_each_script_refuses_the_others_checkpoint(folder, wan):
         WanPolicy.load(str(folder), 32, 32, 9)
     with pytest.raises(ValueError, match="is a WanPipeline; a FluxPipeline is needed"):
         FluxPolicy.load(str(wan), 32, 32)
+
+
+def test_a_text_cache_outlives_the_policy_and_knows_its_encoders(folder, tmp_path, monkeypatch):
+    wanted = load(folder).encode(PROMPTS)
+    load(folder, text_cache=str(tmp_path)).encode(PROMPTS[:2])
+    later, asked = load(folder, text_cache=str(tmp_path)), []
+    embed = later.embed
+    monkeypatch.setattr(later, "embed", lambda prompts: asked.append(prompts) or embed(prompts))
+    found = later.encode(PROMPTS)
+    assert asked == [PROMPTS[2:]] and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    with torch.no_grad():
+        next(later.pipe.text_encoder.parameters()).add_(1.0)  # another checkpoint
+    later.encode(PROMPTS[:1])
+    assert asked == [PROMPTS[2:], PROMPTS[:1]]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_velocities_and_gradients(folder):
+    found = []
+    for compiled in (False, True):
+        policy = load(folder, compiled=compiled)
+        x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+        v = policy.velocity(x, torch.tensor([0.9, 0.5, 0.1]), policy.encode(PROMPTS))
+        v.square().sum().backward()
+        found.append((v.detach(), torch.cat([p.grad.flatten() for p in policy.trainable()])))
+    for plain, ours in zip(*found):
+        assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_four_bits_train_a_lora(folder):
+    """NF4: frozen weights a quarter of bf16's, the velocity near the plain one, gradients in the LoRA alone."""
+    pytest.importorskip("bitsandbytes")
+    plain, packed = load(folder), load(folder, nf4=True, lora=4, dtype=torch.bfloat16)
+    x = torch.randn(3, *plain.latent_shape, generator=torch.Generator().manual_seed(3))
+    sigma, cond = torch.tensor([0.9, 0.5, 0.1]), plain.encode(PROMPTS)
+    v, wanted = packed.velocity(x, sigma, packed.encode(PROMPTS)), plain.velocity(x, sigma, cond)
+    assert 0 < (v - wanted).norm() < 0.3 * wanted.norm()
+    v.square().sum().backward()
+    assert all(p.grad is not None and p.dtype == torch.float32 for p in packed.trainable())
