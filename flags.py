@@ -311,7 +311,7 @@ def resolve(o) -> None:
     if o.watch != "auto":
         parse_weights(o.watch)
     for asked, flag, package in ((o.tracker == "wandb", "--tracker wandb", "wandb"), (o.nf4, "--nf4", "bitsandbytes")):
-        if asked and find_spec(package) is None:
+        if asked and not o.plan and find_spec(package) is None:
             raise ValueError(f"{flag}: pip install {package}")
     if o.nf4 and not o.lora:
         raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
@@ -347,7 +347,7 @@ def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
         raise ValueError(f"{flag} {path} has no column {column!r}: name it with --prompt-column") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{flag} {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    prompts = list(dict.fromkeys(filter(None, (str(row).strip() for row in rows))))
+    prompts = list(dict.fromkeys(filter(None, (str(row).strip() for row in rows if row is not None))))
     if not prompts:
         raise ValueError(f"{flag} {path} holds no prompt")
     return prompts

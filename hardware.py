@@ -8,7 +8,7 @@
 3. memory                         bytes on each GPU, by component
 4. report                         a table of the methods, the command's own among them, and the memory of that one
 
-What is not in it: decoding and rewards, communication, the allocator's fragments. Peak rates are the makers', dense bf16 with
+A plan in float32 takes the bf16 rate too: it says what autocast would take. What is not in it: decoding and rewards, communication, the allocator's fragments. Peak rates are the makers', dense bf16 with
 fp32 sums; `--utilisation` is the share of them that a run reaches, 40 % unless you have measured it.
 """
 
@@ -32,8 +32,9 @@ class Architecture:
     """A checkpoint's figures, from its config.json; tests count them again on meta tensors.
 
     parameters: of the transformer. tokens: of the options. flops: of one forward, from tokens. width, blocks: of the transformer.
-    block: parameters of its largest block. saved: bytes that autograd keeps in bf16 for each token, channel and block. lora:
-    parameters for each rank, over the width. frozen: parameters of the parts that are not trained. shape: what the paper used.
+    block: parameters of its largest block. saved: bytes that autograd keeps under bf16 autocast for each token, channel and
+    block, where all weights are trained and with a LoRA. lora: parameters for each rank, over the width. frozen: parameters of
+    the parts that are not trained. shape: what the paper used.
     """
 
     parameters: int
@@ -42,7 +43,7 @@ class Architecture:
     width: int
     blocks: int
     block: int
-    saved: int
+    saved: tuple[int, int]
     lora: int
     frozen: dict[str, int]
     shape: dict[str, float]
@@ -75,7 +76,7 @@ ARCHITECTURES = {
         width=3072,
         blocks=57,
         block=339_831_296,
-        saved=136,
+        saved=(63, 35),
         lora=19 * 16 + 38 * 6,
         frozen={"T5-XXL": 4_762_310_656, "CLIP-L": 123_060_480, "VAE": 83_819_683},
         shape={"height": 720, "width": 720, "steps": 20},
@@ -87,7 +88,7 @@ ARCHITECTURES = {
         width=1536,
         blocks=30,
         block=46_440_704,
-        saved=555,
+        saved=(92, 57),
         lora=30 * 16,
         frozen={"UMT5-XXL": 5_680_910_336, "VAE": 126_892_531},
         shape={"height": 480, "width": 832, "frames": 33, "steps": 20, "guidance": 5.0},
@@ -175,38 +176,51 @@ def paper_errors() -> tuple[float, dict[str, float]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- memory
+def guided(o) -> int:
+    """Forwards a velocity takes: two with classifier-free guidance, which FLUX.1-dev has distilled into one."""
+    return 2 if o.plan.startswith("wan") and o.guidance != 1 else 1
+
+
 def memory(o, gpus: int) -> dict[str, float]:
-    """Bytes on each GPU, by component."""
+    """Bytes on each GPU, by component; `activations` are those of the largest call with gradient."""
     arch, half = ARCHITECTURES[o.plan], 2 if o.dtype == "bf16" else 4
     share = gpus if o.fsdp else 1
     trained = o.lora * arch.lora * arch.width if o.lora else arch.parameters
-    of_rewards = 2 if o.reward_dtype == "bf16" else 4
     named = parse_weights(o.reward) | ({} if o.watch == "auto" else parse_weights(o.watch))
-    names = {name.partition("-")[0] for name in named}
-    tokens = arch.tokens(o) + 512
-    batch = (o.micro_batch or 1) * (2 if o.guidance != 1 and o.plan.startswith("wan") else 1)
-    a_block = batch * tokens * arch.width * arch.saved
-    kept = (
-        a_block + batch * tokens * arch.width * half * arch.blocks
-        if o.gradient_checkpointing
-        else a_block * arch.blocks
-    )
+    of_rewards = sum(REWARDS.get(name, 0) for name in {name.partition("-")[0] for name in named})
+    parents = counted(o, 0)["trained_parents"] * (o.prompts_per_iteration // gpus) // o.updates
+    batch = min(o.micro_batch or parents, parents) * guided(o)
+    nodes = batch * (arch.tokens(o) + 512) * arch.width
+    stream = 4 if o.nf4 else half  # 4-bit layers return what they are given, float32 latents
+    a_block, kept = nodes * arch.saved[o.lora > 0] * stream / 2, nodes * stream * arch.blocks
     found = {
         "weights, frozen": (0.5625 if o.nf4 else half) * arch.parameters / share if o.lora else 0,
         "weights, trained, fp32": 4 * trained / share,
-        "weights gathered or cast for a step": half * (2 * arch.block if o.fsdp else trained)
-        if half == 2 or o.fsdp
-        else 0,
-        "gradients, fp32": 4 * trained / share,
-        "AdamW's two moments, fp32": 8 * trained / share,
-        "EMA, fp32": 4 * trained / share if o.ema else 0,
         "reference weights": half * arch.parameters / share if o.kl and not o.lora else 0,
+        "reward models": 0 if o.reward_offload else (2 if o.reward_dtype == "bf16" else 4) * of_rewards,
     }
     for name, n in arch.frozen.items():
         found[name] = 0 if o.text_offload and name != "VAE" else half * n
-    found["reward models"] = 0 if o.reward_offload else of_rewards * sum(REWARDS.get(name, 0) for name in names)
-    found["activations kept for the backward pass"] = kept
+    found |= {
+        "weights cast to bf16 for a step": half * trained if half == 2 and not o.fsdp else 0,
+        "two blocks gathered, one reduced": (2 * half + half + 4) * arch.block if o.fsdp else 0,
+        "gradients, fp32": 4 * trained / share,
+        "gradients, DDP's buckets": 4 * trained if gpus > 1 and not o.fsdp else 0,
+        "AdamW's two moments, fp32": 8 * trained / share,
+        "EMA, fp32": 4 * trained / share if o.ema else 0,
+        "activations": kept + a_block if o.gradient_checkpointing else a_block * arch.blocks,
+    }
     return found
+
+
+def memory_while_encoding(o, found: dict[str, float]) -> float:
+    """Bytes while --text-offload's encoders are on the GPU: they, and all that does not come with the first update."""
+    arch, early = (
+        ARCHITECTURES[o.plan],
+        ("weights, frozen", "weights, trained, fp32", "reference weights", "reward models", "VAE"),
+    )
+    encoders = sum(n for name, n in arch.frozen.items() if name != "VAE")
+    return sum(found[name] for name in early) + (2 if o.dtype == "bf16" else 4) * encoders
 
 
 # ---------------------------------------------------------------------------------------------------------------- report
@@ -230,10 +244,13 @@ def parse(parser, argv: list[str] | None):
 
 
 def variant(o, text: str):
-    """The options of another method at the same steps, leaves, prompts and micro-batch."""
+    """The options of another method at the same steps, leaves, prompts and micro-batch; None where it has no such tree."""
     shape = f" --steps {o.steps} --leaves {o.leaves} --prompts-per-iteration {o.prompts_per_iteration}"
     other = flags.parser("", "", 1, 1, "jpeg").parse_args(f"{text}{shape} --micro-batch {o.micro_batch}".split())
-    flags.resolve(other)
+    try:
+        flags.resolve(other)
+    except ValueError:
+        return None
     return other
 
 
@@ -247,10 +264,14 @@ def report(o) -> str:
         raise ValueError(f"--prompts-per-iteration must be a multiple of --gpus = {o.gpus}")
     arch, (rate, size) = ARCHITECTURES[o.plan], GPUS[o.gpu]
     share, tokens = o.prompts_per_iteration // o.gpus, arch.tokens(o)
-    tflop = arch.flops(tokens) * (2 if o.guidance != 1 and o.plan.startswith("wan") else 1) / 1e12
-    a_call, again = tflop * 1e12 / (rate * o.utilisation), 4 if o.gradient_checkpointing else 3
+    tflop = arch.flops(tokens) * guided(o) / 1e12
+    a_call = tflop * 1e12 / (rate * o.utilisation)
+    again = (
+        (2 if o.lora else 3) + o.gradient_checkpointing + (o.kl > 0)
+    )  # a LoRA's frozen layers need no weight gradients
     (a, errors), rows = paper_errors(), {}
-    todo = {name: (variant(o, f), s) for name, (f, _, s) in METHODS.items()} | {"this command": (o, None)}
+    todo = {name: (variant(o, f), s) for name, (f, _, s) in METHODS.items()}
+    todo = {name: row for name, row in todo.items() if row[0]} | {"this command": (o, None)}
     for name, (options, theirs) in todo.items():
         iterations = range(0, o.iterations, max(1, o.iterations // 50)) if options is o else slide(options)
         counts = [counted(options, i) for i in iterations]
@@ -262,7 +283,7 @@ def report(o) -> str:
     base = rows["sequential DanceGRPO"][3]
     lines = [
         f"{o.plan}: {arch.parameters / 1e9:.2f}B parameters, {tokens} tokens + 512 of text, {tflop:.2f} TFLOP a forward",
-        f"{o.gpus} x {o.gpu}: {rate / 1e12:.0f} TFLOP/s x {o.utilisation:g} = {a_call:.3f} s a forward; with backward {again} of them",
+        f"{o.gpus} x {o.gpu}: {rate / 1e12:.0f} TFLOP/s x {o.utilisation:g} = {a_call:.3f} s a forward; with backward as much as {again}",
         f"{o.prompts_per_iteration} prompts x {o.leaves} leaves an iteration, {share} prompts a GPU",
         "",
         f"{'a picture':<28}{'edges':>8}{'forwards':>10}{'trained':>9}{'s/iter':>10}{'ratio':>8}{'paper s':>9}{'ratio':>8}",
@@ -278,12 +299,11 @@ def report(o) -> str:
     found = memory(o, o.gpus)
     lines += [f"{name:<44}{n / GIB:8.2f} GiB" for name, n in found.items() if n]
     total = sum(found.values())
-    encoders = 2 * sum(n for name, n in arch.frozen.items() if name != "VAE") if o.text_offload else 0
-    held = found["weights, frozen"] + found["weights, trained, fp32"]
-    total = max(total, held + encoders)
-    if encoders:
-        lines.append(f"{'(while prompts are encoded, before training':<44}{(held + encoders) / GIB:8.2f} GiB)")
-    lines.append(
-        f"{'in all, of ' + f'{size / GIB:.1f}':<44}{total / GIB:8.2f} GiB: {'fits' if total < 0.9 * size else 'DOES NOT FIT'}"
-    )
+    if o.text_offload:
+        lines.append(
+            f"{'(while prompts are encoded, before training':<44}{memory_while_encoding(o, found) / GIB:8.2f} GiB)"
+        )
+        total = max(total, memory_while_encoding(o, found))
+    verdict = "fits" if total < 0.9 * size else "DOES NOT FIT"
+    lines.append(f"{f'at most, of {size / GIB:.1f}':<44}{total / GIB:8.2f} GiB: {verdict}")
     return "\n".join(lines)

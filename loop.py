@@ -7,6 +7,7 @@ Everything random is keyed by (seed, iteration, prompt slot), so a killed run re
 does not depend on the number of processes. Direction of time: as in sde.py.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -14,13 +15,14 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -145,7 +147,9 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
     _, scores, pictures = generate(run, numbers)
     rows = gather_object([{name: float(scores[name][j]) for name in scores} for j, i in enumerate(numbers) if i < size])
     means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
-    shown = acc.gather((pictures[:show] * 255).round().byte().to(acc.device))[:show].cpu() / 255  # in order of numbers
+    shown = (
+        acc.gather((pictures[:show] * 255).round().byte().to(acc.device))[: min(show, size)].cpu() / 255
+    )  # in order of numbers
     result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
     if "ocr" in means:
         result["heldout_exact"] = float(np.mean([row["ocr"] == 1 for row in rows]))
@@ -317,9 +321,11 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     Raises:
         ValueError: before any long work, one sentence; NonFinite or CannotScore in the loop.
     """
-    if o.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU was found")
-    accelerator = Accelerator(cpu=o.device == "cpu")
+    for flag, asked in (("--device cuda", o.device == "cuda"), ("--nf4", o.nf4)):
+        if asked and not torch.cuda.is_available():
+            raise ValueError(f"{flag}: no GPU was found")
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # others wait while one writes a large checkpoint
+    accelerator = Accelerator(cpu=o.device == "cpu", kwargs_handlers=[patience])
     main_process = accelerator.is_main_process
     o.out = broadcast_object_list([find_out(o) if main_process else None])[0]
     if main_process:
@@ -380,7 +386,10 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
 
 
 class Log:
-    """metrics.jsonl and a tracker, written by the main process; on resume both lose what came after the checkpoint."""
+    """metrics.jsonl and a tracker, written by the main process; on resume what came after the checkpoint is dropped.
+
+    Weights & Biases keeps what it has, and ignores the steps that come again.
+    """
 
     def __init__(self, run: Run):
         self.run, self.main = run, run.accelerator.is_main_process
@@ -389,7 +398,8 @@ class Log:
         self.path = run.out / "metrics.jsonl"
         self.path.write_text("".join(json.dumps(row) + "\n" for row in run.history))
         if run.o.tracker == "wandb":
-            settings = {"dir": run.out, "id": run.out.name, "resume": "allow", "config": vars(run.o)}
+            name = hashlib.sha256(str(run.out.resolve()).encode()).hexdigest()[:16]
+            settings = {"dir": run.out, "name": run.out.name, "id": name, "resume": "allow", "config": vars(run.o)}
             self.tracker = WandBTracker("branchgrpo", **settings)
         else:
             self.tracker = TensorBoardTracker("tensorboard", run.out, purge_step=run.iteration + 1)

@@ -30,7 +30,7 @@ def shard(transformer: nn.Module, device: torch.device, bf16: bool) -> None:
 
     Args:
         transformer: a diffusers model; its repeated blocks are gathered one at a time.
-        bf16: gather weights in bf16; the pieces and the reduction of gradients stay in float32.
+        bf16: gather weights in bf16, norms too; the pieces and the reduction of gradients stay in float32.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
@@ -38,6 +38,12 @@ def shard(transformer: nn.Module, device: torch.device, bf16: bool) -> None:
     for module in (*blocks, transformer):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     transformer.to(device)  # buffers
+
+
+def on_main(x: Tensor, main_process: bool, dtype: torch.dtype) -> Tensor:
+    """A tensor gathered, kept by the main process alone, on the CPU; every process must ask."""
+    x = whole(x).detach()
+    return x.to("cpu", dtype).contiguous() if main_process else x.to("meta")
 
 
 def whole(x: Tensor) -> Tensor:
@@ -50,7 +56,7 @@ def unshard(transformer: nn.Module, main_process: bool, dtype: torch.dtype) -> n
 
     Every process must call it. dtype: of all weights, those in which `shard` gathers them.
     """
-    weights = {k: whole(v).to("cpu" if main_process else "meta") for k, v in transformer.state_dict().items()}
+    weights = {name: on_main(weight, main_process, dtype) for name, weight in transformer.state_dict().items()}
     if not main_process:
         return transformer
     with torch.device("meta"):
@@ -58,12 +64,16 @@ def unshard(transformer: nn.Module, main_process: bool, dtype: torch.dtype) -> n
         for name, adapter in getattr(transformer, "peft_config", {}).items():
             plain.add_adapter(adapter, name)
     plain.load_state_dict(weights, assign=True)
-    return plain.to(next(transformer.parameters()).device, dtype).eval()
+    for module, same in zip(plain.modules(), transformer.modules()):
+        module._buffers.update(same._buffers)  # Wan's rope, which no state dict has
+    return plain.to(next(transformer.parameters()).device).eval()
 
 
 def state(run) -> dict:
     """Trained weights, optimiser and EMA of a Run by name: what torch.distributed.checkpoint saves, and loads in place."""
     model, optimizer = get_state_dict(run.policy.transformer, run.optimizer.optimizer, options=TRAINED)
+    names = [name for name, p in run.policy.pipe.transformer.named_parameters() if p.requires_grad]
+    model = {name: model[name] for name in names}  # in the order of EMA's; 4-bit layers add constants of their own
     found = {"model": model, "optimizer": optimizer}
     if run.ema:
         found["ema"] = dict(zip(model, run.ema.shadow_params)) | {"step": run.ema.optimization_step}
@@ -77,8 +87,9 @@ def save(run, folder: Path) -> None:
     """
     found = state(run)
     dcp.save(found, checkpoint_id=folder)
-    weights = {name: whole(weight).detach().cpu().contiguous() for name, weight in found["model"].items()}
-    if run.accelerator.is_main_process:
+    main = run.accelerator.is_main_process
+    weights = {name: on_main(weight, main, weight.dtype) for name, weight in found["model"].items()}
+    if main:
         save_file(weights, folder / "trainable.safetensors")
 
 

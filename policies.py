@@ -15,7 +15,9 @@ import copy
 import hashlib
 import json
 import os
+import socket
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -130,11 +132,11 @@ class Policy:
             self.transformer.requires_grad_(True)
         for weight in self.trainable():
             weight.data = weight.data.float()  # fp32 master weights, whatever the checkpoint's dtype
+        if compiled:  # by the names of its blocks, which FSDP2 changes
+            pipe.transformer.compile_repeated_blocks(dynamic=True)
         for model in (self.transformer, self.reference) if sharded else ():
             if model is not None:
                 shard(model, self.device, autocast)
-        if compiled:
-            pipe.transformer.compile_repeated_blocks(dynamic=True)
         self.text_offload, self.text_cache, self._encoded = text_offload, text_cache, {}
         if text_cache:
             Path(text_cache).mkdir(parents=True, exist_ok=True)
@@ -155,14 +157,20 @@ class Policy:
         """Text to conditioning, with the pipeline's own encoders."""
         raise NotImplementedError
 
-    def cached(self, prompt: str) -> Path:
-        """A prompt's file in text_cache, named by all that its encoding depends on, the encoders' weights among it."""
-        words = [type(self).__name__, str(self.text_length), str(self.guided), prompt]
+    @cached_property
+    def encoders(self) -> str:
+        """What an encoding depends on beside its prompt: class, length, guidance, and some values of every encoder's weight."""
+        words = [type(self).__name__, str(self.text_length), str(self.guided)]
         for name, encoder in sorted(self.pipe.components.items()):
             if name.startswith("text_encoder") and encoder:
-                weight = next(encoder.parameters()).flatten()[:4096].float().cpu()
-                words += [str(encoder.dtype), weight.numpy().tobytes().hex()]
-        return Path(self.text_cache, hashlib.sha256("\n".join(words).encode()).hexdigest())
+                for weight in encoder.parameters():
+                    some = weight.flatten()[:: max(1, weight.numel() // 16)].float().cpu()
+                    words += [str(weight.dtype), some.numpy().tobytes().hex()]
+        return "\n".join(words)
+
+    def cached(self, prompt: str) -> Path:
+        """A prompt's file in text_cache."""
+        return Path(self.text_cache, hashlib.sha256(f"{self.encoders}\n{prompt}".encode()).hexdigest())
 
     @torch.no_grad()
     def remember(self, prompts: list[str]) -> None:
@@ -183,7 +191,9 @@ class Policy:
                 if not self.text_cache:
                     self._encoded[prompt] = row
                     continue
-                beside = self.cached(prompt).with_suffix(f".{os.getpid()}")  # several processes may write the same one
+                beside = self.cached(prompt).with_suffix(
+                    f".{socket.gethostname()}-{os.getpid()}"
+                )  # others may write it too
                 save_file(row, beside)
                 os.replace(beside, self.cached(prompt))
         for encoder in encoders if new and self.text_offload else ():

@@ -23,12 +23,15 @@ CASES = {
     "all weights": "--method branchgrpo --width-prune extreme-1",
     "LoRA, KL": "--lora 4 --kl 0.1 --gradient-checkpointing",
     "KL": "--kl 0.1 --eta 0.5",
+    "Wan, guided": "--video --guidance 2 --frames 5",
 }
 
 
 def prepared(flags: str, folder: str) -> loop.Run:
     """A Run at iteration 0."""
-    o, *rest = train_image.job([*SHARED.split(), *flags.split(), "--out", folder])
+    video = "--video" in flags
+    script = train_video if video else train_image
+    o, *rest = script.job([*SHARED.split(), *flags.replace("--video", "").split(), "--out", folder])
     return loop.prepare(o, Accelerator(cpu=True), *rest)
 
 
@@ -36,7 +39,14 @@ def gradients(run: loop.Run) -> dict[str, torch.Tensor]:
     """Whole gradients by name, after one iteration."""
     loop.iterate(run, 0)
     weights = run.policy.pipe.transformer.named_parameters()
-    return {name: parallel.whole(p.grad).contiguous() for name, p in weights if p.requires_grad}
+    found = {name: parallel.whole(p.grad).contiguous() for name, p in weights if p.requires_grad}
+    run.policy.gather(run.accelerator.is_main_process)
+    if run.accelerator.is_main_process:  # whole again: it draws and saves alone
+        loop.sample_ode(
+            run.policy, run.policy.encode(run.prompts[:1]), run.sampler(), torch.zeros(1, *run.policy.latent_shape)
+        )
+        run.policy.save(Path(run.o.out) / "model")
+    return found
 
 
 def broken(what: str, folder: str) -> None:
