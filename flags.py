@@ -320,6 +320,13 @@ def resolve(o) -> None:
     plan(o, 0)
 
 
+def column_of(table: datasets.Dataset, column: str) -> list[str]:
+    """A column of a data set; KeyError if there is none of this name."""
+    if column not in table.column_names:
+        raise KeyError(column)
+    return table[column]
+
+
 def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
     """Prompts of a file or of a data set on the hub; blank ones and repeats are dropped.
 
@@ -334,10 +341,10 @@ def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
     try:
         if path.startswith("hub:"):
             name, _, split = path.removeprefix("hub:").partition(":")
-            rows = datasets.load_dataset(name, split=split or "train")[column]
+            rows = column_of(datasets.load_dataset(name, split=split or "train"), column)
         elif path.endswith((".jsonl", ".csv", ".parquet")):
             kind = {"jsonl": "json"}.get(path.rsplit(".")[-1], path.rsplit(".")[-1])
-            rows = datasets.load_dataset(kind, data_files=path, split="train")[column]
+            rows = column_of(datasets.load_dataset(kind, data_files=path, split="train"), column)
         elif path.endswith(".json"):
             rows = json.loads(Path(path).read_text(encoding="utf-8"))
             rows = [row if isinstance(row, str) else row[column] for row in rows]

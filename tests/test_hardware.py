@@ -119,7 +119,12 @@ def planned(text: str):
 
 def test_memory_by_hand():
     n = 11_901_408_320
-    full = hardware.memory(planned("--dtype bf16 --fsdp --ema 0.99 --text-offload --reward jpeg --micro-batch 1"), 8)
+    full = hardware.memory(
+        planned(
+            "--dtype bf16 --fsdp --ema 0.99 --text-offload --reward jpeg --micro-batch 1 --prompts-per-iteration 8"
+        ),
+        8,
+    )
     assert full["weights, trained, fp32"] == 4 * n / 8 and full["AdamW's two moments, fp32"] == 8 * n / 8
     assert full["T5-XXL"] == 0 and full["VAE"] == 2 * 83_819_683 and full["weights, frozen"] == 0
     assert full["activations"] == (2025 + 512) * 3072 * 63 * 57

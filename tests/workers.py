@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import loop
 import parallel
 import train_image
+import train_video
 
 # Micro-batches of one node: the batch size of a call, which moves last bits, is the same on any number of processes.
 SHARED = "--leaves 4 --prompts-per-iteration 4 --micro-batch 1 --max-grad-norm 0 --eval-size 1 --device cpu --steps 6"
