@@ -325,7 +325,7 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
         if asked and not torch.cuda.is_available():
             raise ValueError(f"{flag}: no GPU was found")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # others wait while one writes a large checkpoint
-    accelerator = Accelerator(cpu=o.device == "cpu", kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=o.device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
     main_process = accelerator.is_main_process
     o.out = broadcast_object_list([find_out(o) if main_process else None])[0]
     if main_process:

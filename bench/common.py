@@ -67,7 +67,7 @@ def prepare(o, flags: str, **changes) -> loop.Run:
     vars(options).update(changes)
     torch.set_num_threads(o.threads)
     with contextlib.redirect_stdout(io.StringIO()):
-        return loop.prepare(options, Accelerator(cpu=options.device == "cpu"), *rest)
+        return loop.prepare(options, Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available()), *rest)
 
 
 def variant(run: loop.Run, o, flags: str) -> loop.Run:
@@ -83,7 +83,7 @@ def train(o, folder: Path, flags: list[str], processes: int = 1, threads: int | 
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [sys.executable, *many, str(ROOT / f"{script(o)}.py"), *flags, *o.flags.split(), *where]
     done_before = folder / "command.json"  # written last: what is there, was run to its end
-    if not done_before.exists() or json.loads(done_before.read_text()) != command[1:]:
+    if o.smoke or not done_before.exists() or json.loads(done_before.read_text()) != command[1:]:
         shutil.rmtree(folder, ignore_errors=True)
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": str(threads or o.threads)}, capture_output=True, text=True
