@@ -11,7 +11,7 @@ Rule        Same leaves, same updates, same prompts. Each arm runs at its own be
             value are reported; a seed that never reaches the mark counts as "not reached".
 
     python bench/alignment.py            # 1.5 hours on 2 cores; resumes where it was stopped
-    python bench/alignment.py --video --seeds 3 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 --finalists 2      # 0.9 hours
+    python bench/alignment.py --video --seeds 3 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4 --finalists 2      # 0.9 hours
 """
 
 import sys
@@ -27,10 +27,11 @@ ARMS = {
     "BranchGRPO": "--method branchgrpo",
     "BranchGRPO + depth": "--method branchgrpo --depth-prune",
     "BranchGRPO + width": "--method branchgrpo --width-prune",
+    "BranchGRPO-Mix": "--method branchgrpo-mix --mix",
     "BranchGRPO-Mix, splits alone": "--method branchgrpo-mix --mix 0",
     "BranchGRPO-Mix, splits alone, flash": "--method branchgrpo-mix --mix 0 --flash 3",
 }
-CHOSEN = ("BranchGRPO + depth", "BranchGRPO-Mix, splits alone", "BranchGRPO-Mix, splits alone, flash")
+CHOSEN = ("BranchGRPO + depth", "BranchGRPO-Mix", "BranchGRPO-Mix, splits alone", "BranchGRPO-Mix, splits alone, flash")
 STEPS = "dance:0.4 dance:0.8 dance:1.6 dance:2.4 cps:0.3 cps:0.5 cps:0.7 cps:0.85"
 
 
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--finalists", type=int, default=4, help="cells of the grid that run at full length")
     o = parser.parse_args()
     if o.smoke:
-        o.seeds, o.iterations, o.steps, o.lrs, o.arms = 1, 2, ["cps:0.7"], [1e-4], [CHOSEN[1]]
+        o.seeds, o.iterations, o.steps, o.lrs, o.arms = 1, 2, ["cps:0.7"], [1e-4], [CHOSEN[2]]
         o.flags += " --eval-size 8 --leaves 4 --prompts-per-iteration 1"
     o.out = common.ROOT / ("runs/smoke" if o.smoke else "runs") / f"alignment{'_video' if o.video else ''}"
     o.grid = [(kind, float(eta), lr) for kind, eta in (x.split(":") for x in o.steps) for lr in o.lrs]

@@ -22,7 +22,7 @@ HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> h
     "scaling": 0.8,
     "ablation": 1.6,
     "alignment": 1.5,
-    "alignment --video --seeds 3 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 --finalists 2": 0.9,
+    "alignment --video --seeds 3 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4 --finalists 2": 0.9,
 }
 ONLY_LARGE = ("overhead", "alignment --video")  # no smoke of their own
 
