@@ -11,7 +11,8 @@ Rule        Same leaves, same updates, same prompts. Each arm runs at its own be
             value are reported; a seed that never reaches the mark counts as "not reached".
 
     python bench/alignment.py            # 1.5 hours on 2 cores; resumes where it was stopped
-    python bench/alignment.py --video --seeds 3 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4 --finalists 2      # 0.9 hours
+    python bench/alignment.py --video --seeds 3 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4 --finalists 2 \\
+        --flags "--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144"                                   # 1.5 hours
 """
 
 import sys

@@ -5,6 +5,7 @@ python bench/run.py --smoke          # what `make bench-smoke` runs
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> h
     "scaling": 0.8,
     "ablation": 1.6,
     "alignment": 1.5,
-    "alignment --video --seeds 3 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4 --finalists 2": 0.9,
+    "alignment --video --seeds 3 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4 --finalists 2"
+    " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 1.5,
 }
 ONLY_LARGE = ("overhead", "alignment --video")  # no smoke of their own
 
@@ -37,7 +39,7 @@ def main() -> None:
     names = [n for n in HOURS if not (o.smoke and n.startswith(ONLY_LARGE))]
     with tqdm(total=round(sum(HOURS[n] for n in names), 2), unit="h", desc="benchmarks", file=sys.stderr) as bar:
         for name in names:
-            script, *flags = name.split()
+            script, *flags = shlex.split(name)
             marker = done / f"{name.partition(' --seeds')[0].replace(' ', '')}.done"
             bar.set_postfix_str(name)
             if o.smoke or not marker.exists():
