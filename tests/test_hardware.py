@@ -84,6 +84,7 @@ def saved_bytes(model, inputs) -> dict[str, int]:
     return {kind: sum(n for k, n in kept.values() if k == kind) for kind in model._repeated_blocks}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", ["flux1-dev", "wan2.1-1.3b"])
 def test_activations_are_those_autograd_keeps(name, lora, monkeypatch):
@@ -193,8 +194,8 @@ def test_the_report(capsys):
 
 def run_config(name: str, *argv, **environment) -> subprocess.CompletedProcess:
     """A script of configs/, with the flags that follow; the last of a flag counts."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "NODES": "1", "HEAD": "localhost:29541"} | environment
+    env = os.environ | {"OMP_NUM_THREADS": "1", "NODES": "1", "HEAD": "localhost:29541"} | environment
+    env["PATH"] = os.pathsep.join([environment.get("PATH", str(Path(sys.executable).parent)), os.environ["PATH"]])
     command = ["sh", str(HERE / "configs" / name), *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env, timeout=300)
 
@@ -203,22 +204,29 @@ CONFIGS = sorted(p.name for p in (HERE / "configs").glob("*.sh"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_needs_the_memory_it_states(name):
-    """Its comment gives the command of its plan and the sum; the plan agrees, and fits."""
-    text = (HERE / "configs" / name).read_text()
-    wanted = re.search(r"# Memory: ([\d.]+) GiB of [\d.]+, by `.*sh configs/\S+ (--plan [^`]*)`", text)
-    done = run_config(name, *wanted[2].split(), GPUS="1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    last = done.stdout.strip().splitlines()[-1]
-    assert f"{float(wanted[1]):8.2f} GiB: fits" in last, last
+def test_a_config_needs_the_memory_it_states(name, tmp_path, capsys):
+    """Its comment gives the command of its plan and the sum; what the script hands to python is planned here, and fits."""
+    for program in ("python", "torchrun"):  # stand-ins that print what they are given, a word a line
+        (tmp_path / program).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / program).chmod(0o755)
+    wanted = re.search(
+        r"# Memory: ([\d.]+) GiB of [\d.]+, by `.*sh configs/(\S+) (--plan [^`]*)`",
+        (HERE / "configs" / name).read_text(),
+    )
+    words = run_config(name, *wanted[3].split(), GPUS="1", PATH=str(tmp_path)).stdout.splitlines()
+    script = "train_video.py" if name.startswith("wan") else "train_image.py"
+    {"train_image.py": train_image, "train_video.py": train_video}[script].main(words[words.index(script) + 1 :])
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert wanted[2] == name and f"{float(wanted[1]):8.2f} GiB: fits" in last, last
 
 
 TINY = "--iterations 1 --eval-size 2 --leaves 4 --steps 10 --device cpu --micro-batch 0 --no-nf4 --watch auto --text-cache {0}/text"
 IMAGE = " --model tiny/flux --height 32 --width 64 --reward ocr:1 --prompts tiny/prompts_train.txt"
 VIDEO = " --model tiny/wan --height 32 --width 32 --frames 9 --reward motion:1 --prompts tiny/video_train.txt"
+QUICK = ("flux_full_8x80gb.sh", "wan_lora_24gb.sh")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
 def test_a_config_trains_the_embedded_model(name, tmp_path):
     """Each launch script as it stands, on two processes where it takes several; model, prompts and reward in place of the large."""
     flags = (TINY + (VIDEO if name.startswith("wan") else IMAGE)).format(tmp_path).split()

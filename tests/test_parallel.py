@@ -37,7 +37,7 @@ def alone(tmp_path_factory):
     return {name: load_file(folder / f"{name}.safetensors") for name in CASES}
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flags", ["", "--fsdp"])
 def test_gradients_are_those_of_one_process(alone, tmp_path, processes, flags):
     done = start("tests/workers.py", tmp_path, *flags.split(), processes=processes)

@@ -137,11 +137,11 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, capsys, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_sigkill_and_resume(tmp_path):
-    """A process killed with SIGKILL at a random moment continues to the same metrics as one left alone."""
+    """Twenty processes killed with SIGKILL at random moments continue to the same metrics as one left alone."""
     argv = [sys.executable, HERE / "train_image.py", *SMALL.split(), "--iterations", "12", "--out"]
     subprocess.run([*argv, tmp_path / "whole"], check=True, capture_output=True, cwd=HERE)
     rng = np.random.default_rng(0)
-    for i in range(5):
+    for i in range(20):
         out = tmp_path / f"killed-{i}"
         process = subprocess.Popen([*argv, out], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (out / "metrics.jsonl").exists():
