@@ -127,7 +127,9 @@ class Policy:
         self.reference = copy.deepcopy(pipe.transformer) if keep_reference and not lora else None
         if lora:
             config = LoraConfig(r=lora, lora_alpha=2 * lora, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
-            self.transformer.add_adapter(config)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # the same start on every process, whatever was drawn before
+                self.transformer.add_adapter(config)
         else:
             self.transformer.requires_grad_(True)
         for weight in self.trainable():
@@ -218,10 +220,11 @@ class Policy:
         return v.float()
 
     def gather(self, main_process: bool) -> None:
-        """Make a sharded transformer whole on the main process, to draw and to save; every process must call it."""
+        """Give the main process a whole transformer that it can call alone, to draw and to save; every process must call it."""
         if isinstance(self.transformer, FSDPModule):
             dtype = torch.bfloat16 if self.autocast else torch.float32
-            self.transformer = self.pipe.transformer = unshard(self.transformer, main_process, dtype)
+            self.pipe.transformer = unshard(self.transformer, main_process, dtype)
+        self.transformer = self.pipe.transformer  # without DDP, whose calls meet those of others
 
     def save(self, folder: Path) -> None:
         """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`."""
