@@ -143,7 +143,7 @@ def add_memory_flags(g) -> None:
     g("--fsdp", action="store_true", help="split weights, gradients and optimiser over all processes (torchrun)")
     g("--vae-tiling", action="store_true", help="decode in overlapping tiles")
     g("--text-offload", action="store_true", help="encode all prompts first; then the text encoders wait on the CPU")
-    g("--text-cache", metavar="DIR", help="keep encoded prompts there, for this run and others")
+    g("--text-cache", metavar="DIR", help="keep encoded prompts there, for other runs too; default: none")
     g("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     g("--tree-offload", action="store_true", help="keep the tree's latents on the CPU")
 
