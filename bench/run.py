@@ -1,6 +1,6 @@
 """Runs every benchmark in turn at its documented size, or with --smoke in seconds; a finished one is not repeated.
 
-python bench/run.py                  # what `make bench` runs: 6 hours on 2 cores; stop it and start it again as you like
+python bench/run.py                  # what `make bench` runs: 6.5 hours on 2 cores; stop it and start it again as you like
 python bench/run.py --smoke          # what `make bench-smoke` runs
 """
 
