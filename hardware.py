@@ -53,10 +53,8 @@ def flux_flops(tokens: int, text: int = 512) -> float:
     """One forward of FLUX.1-dev: 19 double and 38 single blocks of width D, 12 D^2 weights a token in each."""
     d, both = 3072, tokens + text
     blocks = 57 * (2 * 12 * d**2 * both + 4 * both**2 * d)  # linear layers, attention
-    modulation = 2 * d**2 * (19 * 12 + 38 * 3 + 2 + 3) + 2 * d * (
-        2 * 256 + 768
-    )  # once a picture: of time, guidance, text
-    return blocks + modulation + 2 * d * (2 * 64 * tokens + 4096 * text)
+    once = 2 * d**2 * (19 * 12 + 38 * 3 + 2 + 3) + 2 * d * (2 * 256 + 768)  # modulation, time, guidance, text
+    return blocks + once + 2 * d * (2 * 64 * tokens + 4096 * text)
 
 
 def wan_flops(tokens: int, text: int = 512) -> float:
@@ -116,23 +114,15 @@ METHODS = {  # name -> flags, the paper's NFE old and new, its seconds (FLUX.1-d
     "Mix, splits alone": ("--method branchgrpo-mix --mix 0", None, None),
     "Mix, splits alone, flash 4": ("--method branchgrpo-mix --mix 0 --flash 4", None, None),
 }
-REWARDS = {
-    "hpsv2": 986e6,
-    "pickscore": 986e6,
-    "clip": 428e6,
-    "aesthetic": 428e6,
-    "imagereward": 447e6,
-    "videoalign": 2.3e9,
-}
+CLIPS = {"hpsv2": 986e6, "pickscore": 986e6, "clip": 428e6, "aesthetic": 428e6}
+REWARDS = CLIPS | {"imagereward": 447e6, "videoalign": 2.3e9}  # parameters
 
 
 # ------------------------------------------------------------------------------------------------------- counts, seconds
 def counted(o, iteration: int) -> dict[str, float]:
     """Closed form: one prompt's counts of one iteration; see `tree.count`."""
     todo = plan(o, iteration)
-    fused = [
-        torch.zeros(1, n, dtype=torch.float64) for n in todo.forest.sizes
-    ]  # which edges go does not change how many
+    fused = [torch.zeros(1, n, dtype=torch.float64) for n in todo.forest.sizes]  # rewards choose edges, not how many
     keep = prune(todo.forest, fused, o.width_prune, todo.depth)
     drawn = [k & (i in todo.trained_steps or not todo.forest.stochastic(i)) for i, k in enumerate(keep)]
     return count(todo.forest, drawn)
@@ -215,11 +205,8 @@ def memory(o, gpus: int) -> dict[str, float]:
 
 def memory_while_encoding(o, found: dict[str, float]) -> float:
     """Bytes while --text-offload's encoders are on the GPU: they, and all that does not come with the first update."""
-    arch, early = (
-        ARCHITECTURES[o.plan],
-        ("weights, frozen", "weights, trained, fp32", "reference weights", "reward models", "VAE"),
-    )
-    encoders = sum(n for name, n in arch.frozen.items() if name != "VAE")
+    early = ("weights, frozen", "weights, trained, fp32", "reference weights", "reward models", "VAE")
+    encoders = sum(n for name, n in ARCHITECTURES[o.plan].frozen.items() if name != "VAE")
     return sum(found[name] for name in early) + (2 if o.dtype == "bf16" else 4) * encoders
 
 
@@ -266,9 +253,7 @@ def report(o) -> str:
     share, tokens = o.prompts_per_iteration // o.gpus, arch.tokens(o)
     tflop = arch.flops(tokens) * guided(o) / 1e12
     a_call = tflop * 1e12 / (rate * o.utilisation)
-    again = (
-        (2 if o.lora else 3) + o.gradient_checkpointing + (o.kl > 0)
-    )  # a LoRA's frozen layers need no weight gradients
+    again = (2 if o.lora else 3) + o.gradient_checkpointing + (o.kl > 0)  # with a LoRA hardly any weight gradients
     (a, errors), rows = paper_errors(), {}
     todo = {name: (variant(o, f), s) for name, (f, _, s) in METHODS.items()}
     todo = {name: row for name, row in todo.items() if row[0]} | {"this command": (o, None)}
@@ -276,10 +261,8 @@ def report(o) -> str:
         iterations = range(0, o.iterations, max(1, o.iterations // 50)) if options is o else slide(options)
         counts = [counted(options, i) for i in iterations]
         each = [seconds(options, i, share, lambda b: a_call * b, lambda b: again * a_call * b) for i in iterations]
-        n = {
-            k: float(np.mean([c[k] for c in counts])) / options.leaves for k in ("edges", "forwards", "trained_parents")
-        }
-        rows[name] = (n["edges"], n["forwards"], n["trained_parents"], float(np.mean(each)), theirs)
+        n = [np.mean([c[k] for c in counts]) / options.leaves for k in ("edges", "forwards", "trained_parents")]
+        rows[name] = (*n, float(np.mean(each)), theirs)
     base = rows["sequential DanceGRPO"][3]
     lines = [
         f"{o.plan}: {arch.parameters / 1e9:.2f}B parameters, {tokens} tokens + 512 of text, {tflop:.2f} TFLOP a forward",
@@ -300,10 +283,9 @@ def report(o) -> str:
     lines += [f"{name:<44}{n / GIB:8.2f} GiB" for name, n in found.items() if n]
     total = sum(found.values())
     if o.text_offload:
-        lines.append(
-            f"{'(while prompts are encoded, before training':<44}{memory_while_encoding(o, found) / GIB:8.2f} GiB)"
-        )
-        total = max(total, memory_while_encoding(o, found))
+        encoding = memory_while_encoding(o, found)
+        lines.append(f"{'(while prompts are encoded, before training':<44}{encoding / GIB:8.2f} GiB)")
+        total = max(total, encoding)
     verdict = "fits" if total < 0.9 * size else "DOES NOT FIT"
     lines.append(f"{f'at most, of {size / GIB:.1f}':<44}{total / GIB:8.2f} GiB: {verdict}")
     return "\n".join(lines)

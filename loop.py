@@ -147,9 +147,7 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
     _, scores, pictures = generate(run, numbers)
     rows = gather_object([{name: float(scores[name][j]) for name in scores} for j, i in enumerate(numbers) if i < size])
     means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
-    shown = (
-        acc.gather((pictures[:show] * 255).round().byte().to(acc.device))[: min(show, size)].cpu() / 255
-    )  # in order of numbers
+    shown = acc.gather((pictures[:show] * 255).round().byte().to(acc.device))[: min(show, size)].cpu() / 255
     result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
     if "ocr" in means:
         result["heldout_exact"] = float(np.mean([row["ocr"] == 1 for row in rows]))
@@ -293,9 +291,8 @@ def keep_options(o) -> None:
         return
     for name, was in json.loads(path.read_text()).items():
         if now[name] != was:
-            raise ValueError(
-                f"--resume: the run has --{name.replace('_', '-')} {was}, not {now[name]}; give the same flags"
-            )
+            flag = name.replace("_", "-")
+            raise ValueError(f"--resume: the run has --{flag} {was}, not {now[name]}; give the same flags")
 
 
 def start(script: str, job, argv: list[str] | None, finish) -> None:
@@ -366,13 +363,8 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
     setup = R.Setup(o.reward_weights, accelerator.device, dtypes[o.reward_dtype], o.reward_offload, o.reward_batch)
     rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], torch.ones(1, *shape), setup)
     trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
-    memory = {
-        "checkpointing": o.gradient_checkpointing,
-        "tiling": o.vae_tiling,
-        "sharded": o.fsdp,
-        "compiled": o.compile,
-    }
-    memory |= {"text_offload": o.text_offload, "text_cache": o.text_cache, "nf4": o.nf4}
+    memory = {"checkpointing": o.gradient_checkpointing, "tiling": o.vae_tiling, "sharded": o.fsdp, "nf4": o.nf4}
+    memory |= {"compiled": o.compile, "text_offload": o.text_offload, "text_cache": o.text_cache}
     policy = load_policy(dtype=dtypes[o.dtype], device=accelerator.device, **trained, **memory)
     if o.text_offload:
         policy.remember([*own_prompts(o, accelerator, prompts), *heldout[: o.eval_size]])

@@ -177,11 +177,8 @@ class Policy:
     @torch.no_grad()
     def remember(self, prompts: list[str]) -> None:
         """Encode what was never encoded, in the memory or in text_cache; with text_offload the encoders visit the device for it."""
-        new = [
-            p
-            for p in dict.fromkeys(prompts)
-            if not (self.cached(p).exists() if self.text_cache else p in self._encoded)
-        ]
+        known = (lambda p: self.cached(p).exists()) if self.text_cache else self._encoded.__contains__
+        new = [p for p in dict.fromkeys(prompts) if not known(p)]
         encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder") and part]
         for encoder in encoders if new else ():
             encoder.to(self.device)
@@ -193,9 +190,8 @@ class Policy:
                 if not self.text_cache:
                     self._encoded[prompt] = row
                     continue
-                beside = self.cached(prompt).with_suffix(
-                    f".{socket.gethostname()}-{os.getpid()}"
-                )  # others may write it too
+                mine = f".{socket.gethostname()}-{os.getpid()}"  # others may write it too
+                beside = self.cached(prompt).with_suffix(mine)
                 save_file(row, beside)
                 os.replace(beside, self.cached(prompt))
         for encoder in encoders if new and self.text_offload else ():
@@ -230,10 +226,8 @@ class Policy:
         """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`."""
         if self.lora:
             model = self.pipe.transformer
-            rank_and_alpha = model.peft_config["default"].to_dict()
-            self.pipeline_class.save_lora_weights(
-                folder, get_peft_model_state_dict(model), transformer_lora_adapter_metadata=rank_and_alpha
-            )
+            weights, rank_and_alpha = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+            self.pipeline_class.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=rank_and_alpha)
         else:
             self.pipe.save_pretrained(folder)
 
@@ -327,9 +321,8 @@ class WanPolicy(Policy):
             raise ValueError("--model has a transformer for each noise range; only one can be trained here")
         super().__init__(pipe, **kwargs)
         self.guidance, self.guided, shrink = guidance, guidance != 1, pipe.vae_scale_factor_spatial
-        self.latent_shape = (
-            pipe.transformer.config.in_channels, (frames - 1) // fold + 1, height // shrink, width // shrink,
-        )  # fmt: skip
+        channels, latent_frames = pipe.transformer.config.in_channels, (frames - 1) // fold + 1
+        self.latent_shape = (channels, latent_frames, height // shrink, width // shrink)
         self.text_length, self.pixels = min(512, pipe.tokenizer.model_max_length), frames * height * width
 
     def embed(self, prompts: list[str]) -> Cond:
@@ -344,10 +337,8 @@ class WanPolicy(Policy):
         if not self.guided:
             return self.call(reference, hidden_states=x, timestep=t, encoder_hidden_states=cond["states"])
         both = torch.cat([cond["states"], cond["empty"]])
-        v = self.call(
-            reference, hidden_states=x.repeat(2, 1, 1, 1, 1), timestep=t.repeat(2), encoder_hidden_states=both
-        )
-        with_prompt, without = v.chunk(2)
+        twice = {"hidden_states": x.repeat(2, 1, 1, 1, 1), "timestep": t.repeat(2), "encoder_hidden_states": both}
+        with_prompt, without = self.call(reference, **twice).chunk(2)
         return without + self.guidance * (with_prompt - without)
 
     @torch.no_grad()

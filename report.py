@@ -89,9 +89,8 @@ def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns:
         for video, prompt in zip(pixels[at : at + columns], prompts[at : at + columns]):
             title = Image.new("RGB", (video.shape[2], 16), "white")
             ImageDraw.Draw(title).text((4, 2), prompt, "black", ImageFont.load_default(10))
-            cells.append(
-                np.concatenate([np.broadcast_to(np.asarray(title), (len(video), 16, video.shape[2], 3)), video], 1)
-            )
+            titles = np.broadcast_to(np.asarray(title), (len(video), 16, video.shape[2], 3))
+            cells.append(np.concatenate([titles, video], 1))
         rows.append(np.concatenate(cells, 2))
     frames = np.concatenate(rows, 1)  # (F, height, width, 3)
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # the codec wants even sides
@@ -123,10 +122,8 @@ def curves(history: list[dict], path: Path) -> None:
     axes[2].set(title="diagnostics", xlabel="iteration", yscale="symlog")
     axes[2].set_yscale("symlog", linthresh=1e-7)
     parts = ("seconds_rollout", "seconds_decode", "seconds_reward", "seconds_train")
-    stacked = [series(history, p)[1] for p in parts]
-    axes[3].stackplot(
-        x, stacked, labels=[p.removeprefix("seconds_") for p in parts], colors=[BLUE, GREEN, GREY, ORANGE]
-    )
+    stacked, labels = [series(history, p)[1] for p in parts], [p.removeprefix("seconds_") for p in parts]
+    axes[3].stackplot(x, stacked, labels=labels, colors=[BLUE, GREEN, GREY, ORANGE])
     axes[3].set(title="seconds an iteration", xlabel="iteration")
     for ax in axes:
         ax.legend(fontsize=8, framealpha=0.8)
