@@ -218,9 +218,8 @@ def gather(
         columns["parent"].append(row.unsqueeze(2).expand_as(mask)[mask])
         columns["advantage"].append(advantages[i][prompts][mask.flatten(1)].float() * factor)
         columns["logp_old"].append(out.logp_mean[i][prompts][edge])
-        columns["weight"].append(
-            torch.full((int(mask.sum()),), 1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0)
-        )
+        weight = 1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0
+        columns["weight"].append(torch.full((int(mask.sum()),), weight))
     return Edges(**{name: torch.cat(parts).to(out.latents[0].device) for name, parts in columns.items()})
 
 

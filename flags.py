@@ -6,8 +6,12 @@ widths of windows. Only an explicit contradiction is an error.
 """
 
 import argparse
+import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
+
+import datasets
 
 from rewards import REWARDS, parse_weights
 from schedules import DANCE_STEPS, METHODS, TREES, WINDOWED, plan
@@ -17,18 +21,10 @@ from tree import count, make_forest, parse_splits, spread_splits
 HERE = Path(__file__).parent
 TREE_FLAGS = ("branch", "splits", "roots", "branch_noise", "width_prune", "depth_prune")
 BARE = -1  # a flag given without its value
-MAY_CHANGE = (
-    "resume",
-    "out",
-    "eval_every",
-    "save_every",
-    "device",
-    "micro_batch",
-    "gradient_checkpointing",
-    "text_offload",
-    "tree_offload",
-    "reward_offload",
-)  # between a run and its resumption
+MAY_CHANGE = (  # between a run and its resumption
+    *("resume", "out", "eval_every", "save_every", "keep", "tracker", "device", "fsdp", "micro_batch", "compile"),
+    *("gradient_checkpointing", "text_offload", "text_cache", "tree_offload", "reward_offload"),
+)
 
 
 def text_or_number(text: str) -> str | int:
@@ -77,15 +73,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
-def parser(
-    description: str, model: str, height: int, width: int, reward: str, guidance: float = 3.5
-) -> argparse.ArgumentParser:
+def parser(description: str, model: str, height: int, width: int, reward: str, guidance=3.5) -> argparse.ArgumentParser:
     """All flags; the arguments are the defaults in which image and video differ."""
     p = Parser(description=description, formatter_class=Help, allow_abbrev=False)
     g = p.add_argument_group("model and data").add_argument
     g("--model", default=model, help="folder or hub id of a diffusers pipeline")
-    g("--prompts", help="text file, a prompt a line; default: those of the embedded model")
-    g("--eval-prompts", help="held-out prompts, a line each; default: the last tenth of --prompts")
+    g("--prompts", help="text (a line each), .json, .jsonl, .csv, .parquet, hub:NAME:SPLIT; default: the embedded ones")
+    g("--eval-prompts", help="held-out prompts, likewise; default: the last tenth of --prompts")
+    g("--prompt-column", default="prompt", help="of a record of --prompts and --eval-prompts")
     g("--height", type=COUNT, default=height, help="pixels (paper: 720)")
     g("--width", type=COUNT, default=width, help="pixels (paper: 720)")
     g("--guidance", type=NOT_NEGATIVE, default=guidance, help="scale (FLUX.1-dev, embedded: 3.5; Wan2.1: 5; 1 is none)")
@@ -93,13 +88,20 @@ def parser(
     add_tree_flags(p.add_argument_group("tree").add_argument)
     add_learning_flags(p, reward)
     add_memory_flags(p.add_argument_group("memory").add_argument)
+    g = p.add_argument_group("plan").add_argument
+    g("--plan", metavar="ARCHITECTURE", help="of flux1-dev or wan2.1-1.3b: only say what it costs; default: train")
+    g("--gpu", default="h100", help="of the plan: h100, h200, a100, l40s, rtx4090, rtx3090")
+    g("--gpus", type=COUNT, default=1, help="of the plan")
+    g("--utilisation", type=number(float, 0, 1, above=True), default=0.4, help="of the plan: share of the peak rate")
     g = p.add_argument_group("run").add_argument
     g("--seed", type=FROM_ZERO, default=0, help="of prompts order and noise; held-out noises never change")
     g("--out", help="the run's folder; default: runs/METHOD-DATE")
     g("--resume", nargs="?", const="", metavar="OUT", help="continue a run; bare: --out, or the newest in runs")
     g("--eval-every", type=COUNT, default=50, help="iterations between held-out evaluations")
     g("--eval-size", type=COUNT, default=256, help="held-out prompt-noise pairs")
-    g("--save-every", type=COUNT, default=100, help="iterations between checkpoints; the last two are kept")
+    g("--save-every", type=COUNT, default=100, help="iterations between checkpoints")
+    g("--keep", type=COUNT, default=2, help="checkpoints kept, the last ones")
+    g("--tracker", choices=("tensorboard", "wandb"), default="tensorboard", help="of metrics, beside metrics.jsonl")
     g("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one")
     return p
 
@@ -109,8 +111,13 @@ def add_memory_flags(g) -> None:
     g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
     g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
     g("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    packed = {"action": argparse.BooleanOptionalAction, "default": False}
+    g("--nf4", **packed, help="frozen weights of the transformer in 4 bits; needs --lora and bitsandbytes")
+    g("--fsdp", action="store_true", help="split weights, gradients and optimiser over all processes (torchrun)")
     g("--vae-tiling", action="store_true", help="decode in overlapping tiles")
-    g("--text-offload", action="store_true", help="encode all prompts first, then move the text encoders to the CPU")
+    g("--text-offload", action="store_true", help="encode all prompts first; then the text encoders wait on the CPU")
+    g("--text-cache", metavar="DIR", help="keep encoded prompts there, for other runs too; default: none")
+    g("--compile", action="store_true", help="torch.compile the transformer's repeated blocks")
     g("--tree-offload", action="store_true", help="keep the tree's latents on the CPU")
 
 
@@ -129,38 +136,21 @@ def add_tree_flags(g) -> None:
     g("--width-prune", type=text_or_number, nargs="?", const="parent-top1", help="parent-top1 or extreme-B")
     g("--depth-prune", type=COUNT, nargs="?", const=BARE, help="window of dropped steps; bare: T/4 (paper: 5 of 20)")
     g("--depth-every", type=COUNT, help="iterations a window step; default: sweep once (paper: 30)")
-    g(
-        "--flash",
-        type=COUNT,
-        metavar="N",
-        help="walk the tail, after the last noise, in N second-order steps; default: all",
-    )
+    g("--flash", type=COUNT, metavar="N", help="second-order steps of the tail, after the last noise; default: all")
     g("--depth-stop", type=FROM_ZERO, help="step at which the window's end stays; default: the last stochastic one")
 
 
 def add_learning_flags(p, reward: str) -> None:
     """Steps, credit, loss and optimisation."""
     g = p.add_argument_group("steps").add_argument
-    g(
-        "--sde",
-        choices=[k for k in STEPS if k != "ode"],
-        help="kind of stochastic step; default: cps for branchgrpo-mix (tuned), else the method's own",
-    )
+    kinds = [k for k in STEPS if k != "ode"]
+    g("--sde", choices=kinds, help="kind of stochastic step; default: cps for branchgrpo-mix, else the method's own")
     g("--eta", type=POSITIVE, help="noise strength; default: tuned (FLUX.1-dev: dance .3, flow .7, cps .8)")
     g("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
     g = p.add_argument_group("credit and loss").add_argument
     g("--reward", default=reward, help=f"name:weight,... of {', '.join(REWARDS)}")
-    g(
-        "--reward-mix",
-        choices=("reward", "advantage"),
-        default="reward",
-        help="what is weighted and summed, see loop.py",
-    )
-    g(
-        "--reward-weights",
-        metavar="DIR",
-        help="folder of REPOSITORY/FILE for preference models; default: the hub's cache",
-    )
+    g("--reward-mix", choices=("reward", "advantage"), default="reward", help="what is summed, see loop.py")
+    g("--reward-weights", metavar="DIR", help="folder of preference models' REPOSITORY/FILE; default: the hub's cache")
     g("--reward-dtype", choices=("fp32", "bf16"), default="fp32", help="of preference models")
     g("--reward-batch", type=COUNT, default=32, help="pictures at a time in a preference model")
     g("--reward-offload", action="store_true", help="preference models wait on the CPU between scorings")
@@ -239,9 +229,7 @@ def check_windows(o) -> None:
     if o.depth_stop is not None and not 0 <= o.depth_stop <= o.steps - 2:
         raise ValueError(f"--depth-stop must lie in 0..{o.steps - 2}, got {o.depth_stop}")
     if (o.depth_prune is not None or o.width_prune is not None) and o.mix == 0:
-        raise ValueError(
-            "--depth-prune and --width-prune drop steps after the last split; with --mix 0 none is trained"
-        )
+        raise ValueError("--depth-prune and --width-prune drop steps after the last split; --mix 0 trains none")
     if o.width_prune == "parent-top1" and not o.splits:
         raise ValueError("--width-prune parent-top1 needs a split, and these --leaves and --roots leave none")
     if o.flash and o.flash >= o.steps:
@@ -276,20 +264,51 @@ def resolve(o) -> None:
         raise ValueError(f"--reward needs a reward with a weight other than 0, got {o.reward!r}")
     if o.watch != "auto":
         parse_weights(o.watch)
+    for asked, flag, package in ((o.tracker == "wandb", "--tracker wandb", "wandb"), (o.nf4, "--nf4", "bitsandbytes")):
+        if asked and not o.plan and find_spec(package) is None:
+            raise ValueError(f"{flag}: pip install {package}")
+    if o.nf4 and not o.lora:
+        raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
+    if o.nf4 and o.fsdp:
+        raise ValueError("--nf4 does not go with --fsdp: packed weights cannot be split")
     plan(o, 0)
 
 
-def read_prompts(path: str, flag: str) -> list[str]:
-    """Prompts of a text file, a line each; blank lines and repeats are dropped.
+def column_of(table: datasets.Dataset, column: str) -> list[str]:
+    """A column of a data set; KeyError if there is none of this name."""
+    if column not in table.column_names:
+        raise KeyError(column)
+    return table[column]
+
+
+def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
+    """Prompts of a file or of a data set on the hub; blank ones and repeats are dropped.
+
+    Args:
+        path: a text file, a prompt a line; .json, a list of prompts or of records, as HPDv2's; .jsonl, .csv or .parquet;
+            hub:NAME or hub:NAME:SPLIT, by default its split `train`.
+        column: of a record, that holds its prompt.
 
     Raises:
-        ValueError: if the file is missing, no text or empty.
+        ValueError: if it is missing, cannot be read, lacks the column or holds no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path} cannot be read: {error}") from error
-    prompts = list(dict.fromkeys(filter(None, map(str.strip, lines))))
+        if path.startswith("hub:"):
+            name, _, split = path.removeprefix("hub:").partition(":")
+            rows = column_of(datasets.load_dataset(name, split=split or "train"), column)
+        elif path.endswith((".jsonl", ".csv", ".parquet")):
+            kind = {"jsonl": "json"}.get(path.rsplit(".")[-1], path.rsplit(".")[-1])
+            rows = column_of(datasets.load_dataset(kind, data_files=path, split="train"), column)
+        elif path.endswith(".json"):
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = [row if isinstance(row, str) else row[column] for row in rows]
+        else:
+            rows = Path(path).read_text(encoding="utf-8").splitlines()
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{flag} {path} has no column {column!r}: name it with --prompt-column") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{flag} {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    prompts = list(dict.fromkeys(filter(None, (str(row).strip() for row in rows if row is not None))))
     if not prompts:
         raise ValueError(f"{flag} {path} holds no prompt")
     return prompts
@@ -301,9 +320,11 @@ def load_prompts(o, train: str, heldout: str) -> tuple[list[str], list[str]]:
     Raises:
         ValueError: if a file is unusable, or a prompt stands in both.
     """
-    prompts = read_prompts(o.prompts or train, "--prompts")
+    if o.plan:  # needs none
+        return [], []
+    prompts = read_prompts(o.prompts or str(train), "--prompts", o.prompt_column)
     if o.eval_prompts or not o.prompts:
-        held = read_prompts(o.eval_prompts or heldout, "--eval-prompts")
+        held = read_prompts(o.eval_prompts or str(heldout), "--eval-prompts", o.prompt_column)
     else:
         n = max(1, len(prompts) // 10)
         prompts, held = prompts[:-n], prompts[-n:]

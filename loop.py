@@ -7,26 +7,31 @@ Everything random is keyed by (seed, iteration, prompt slot), so a killed run re
 does not depend on the number of processes. Direction of time: as in sde.py.
 """
 
+import hashlib
 import json
 import os
+import resource
 import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import hardware
+import parallel
 import rewards as R
-from branchgrpo import Rollout, Sampler, credit, gather, generators, prune, rollout, sample_ode, update
+from branchgrpo import NonFinite, Rollout, Sampler, credit, gather, generators, prune, rollout, sample_ode, update
 from flags import MAY_CHANGE, describe
 from schedules import noise_sharing, plan
 from sde import sigma_schedule
@@ -71,48 +76,47 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
 
 
-def numbered(parameters) -> dict[str, Tensor]:
-    """Parameters by position, as safetensors wants them."""
-    return {str(i): p.detach().cpu().contiguous() for i, p in enumerate(parameters)}
-
-
-def save_checkpoint(run: Run, keep: int = 2) -> None:
-    """Write weights, optimiser, EMA and metrics beside, then rename: a half-written checkpoint never has the good name."""
+def save_checkpoint(run: Run) -> None:
+    """Write state and metrics beside, then rename: a half-written checkpoint never has the good name; --keep are kept."""
+    final, beside, main = run.out / f"checkpoint-{run.iteration}", run.out / ".writing", run.accelerator.is_main_process
+    if main:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
     run.accelerator.wait_for_everyone()
-    if not run.accelerator.is_main_process:
-        return
-    final, beside = run.out / f"checkpoint-{run.iteration}", run.out / ".writing"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_file(numbered(run.policy.trainable()), beside / "trainable.safetensors")
-    if run.ema:
-        save_file(numbered(run.ema.shadow_params), beside / "ema.safetensors")
-    state = {"optimizer": run.optimizer.state_dict(), "ema_step": run.ema.optimization_step if run.ema else 0}
-    torch.save(state, beside / "optimizer.pt")
-    (beside / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(beside, final)
-    for old in checkpoints(run.out)[:-keep]:
-        shutil.rmtree(old)
+    parallel.save(run, beside)
+    run.accelerator.wait_for_everyone()
+    if main:
+        (beside / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(beside, final)
+        for old in checkpoints(run.out)[: -run.o.keep]:
+            shutil.rmtree(old)
 
 
 def load_checkpoint(run: Run, folder: Path) -> None:
-    """Restore what `save_checkpoint` wrote; metric rows written after it are dropped."""
-    weights = load_file(folder / "trainable.safetensors")
-    state = torch.load(folder / "optimizer.pt", weights_only=True, map_location=run.accelerator.device)
-    with torch.no_grad():
-        for i, p in enumerate(run.policy.trainable()):
-            p.copy_(weights[str(i)])
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.ema:
-        shadow = load_file(folder / "ema.safetensors")
-        run.ema.shadow_params = [shadow[str(i)].to(p.device) for i, p in enumerate(run.ema.shadow_params)]
-        run.ema.optimization_step = state["ema_step"]
+    """Restore what `save_checkpoint` wrote, on any number of processes; metric rows written after it are dropped."""
+    parallel.load(run, folder)
     run.history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     run.iteration = int(folder.name.split("-")[1])
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
+def score(run: Run, pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """`rewards.score` of this process's pictures.
+
+    Raises:
+        CannotScore: on every process at once: one that stopped alone would leave the others waiting.
+    """
+    scores, failed = {}, None
+    try:
+        scores = R.score(run.rewards, pictures, prompts)
+    except R.CannotScore as error:
+        failed = str(error)
+    for why in filter(None, gather_object([failed])):
+        raise R.CannotScore(why)
+    return scores
+
+
 @torch.no_grad()
 def generate(run: Run, numbers: range) -> tuple[list[str], dict[str, Tensor], Tensor]:
     """Held-out prompts and noises of these numbers, ODE, EMA weights where EMA is on: prompts, scores (n,), pictures (n, ...)."""
@@ -127,7 +131,7 @@ def generate(run: Run, numbers: range) -> tuple[list[str], dict[str, Tensor], Te
     if run.ema:
         run.ema.restore(run.policy.trainable())
     pictures = run.policy.decode(latents)
-    return prompts, R.score(run.rewards, pictures, prompts), pictures
+    return prompts, score(run, pictures, prompts), pictures
 
 
 def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
@@ -137,14 +141,17 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
         means (heldout_reward, heldout_exact, heldout_NAME), and the first `show` pictures (show, 3, H, W). heldout_exact is
         the share of pictures whose ocr score is 1, absent without ocr.
     """
-    acc = run.accelerator
-    prompts, scores, pictures = generate(run, range(acc.process_index, run.o.eval_size, acc.num_processes))
-    rows = gather_object([{name: float(scores[name][j]) for name in scores} for j in range(len(prompts))])
+    acc, size = run.accelerator, run.o.eval_size
+    share = -(-size // acc.num_processes)  # of each process alike: the last may walk a few numbers too many
+    numbers = range(acc.process_index * share, (acc.process_index + 1) * share)
+    _, scores, pictures = generate(run, numbers)
+    rows = gather_object([{name: float(scores[name][j]) for name in scores} for j, i in enumerate(numbers) if i < size])
     means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
+    shown = acc.gather((pictures[:show] * 255).round().byte().to(acc.device))[: min(show, size)].cpu() / 255
     result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
     if "ocr" in means:
         result["heldout_exact"] = float(np.mean([row["ocr"] == 1 for row in rows]))
-    return result | {f"heldout_{name}": value for name, value in means.items()}, pictures[:show]
+    return result | {f"heldout_{name}": value for name, value in means.items()}, shown
 
 
 # ----------------------------------------------------------------------------------------------------------- iteration
@@ -154,6 +161,13 @@ def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
     epochs = range(first // size, (first + n - 1) // size + 1)
     order = {e: np.random.default_rng([seed, e, 2]).permutation(size) for e in epochs}
     return [prompts[order[i // size][i % size]] for i in range(first, first + n)]
+
+
+def own_prompts(o, accelerator: Accelerator, prompts: list[str]) -> list[str]:
+    """Those that this process will train on in the whole run."""
+    share = o.prompts_per_iteration // accelerator.num_processes
+    first = [i * o.prompts_per_iteration + accelerator.process_index * share for i in range(o.iterations)]
+    return list(dict.fromkeys(p for at in first for p in prompts_at(prompts, o.seed, at, share)))
 
 
 def strip(pictures: Tensor, n: int = 3) -> Tensor:
@@ -173,6 +187,13 @@ def stopwatch(device: torch.device):
         return last - before
 
     return lap
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory this process ever held, GiB: of the GPU, or without one its resident set (Linux, macOS)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tensor]) -> tuple[Tensor, list, list]:
@@ -204,7 +225,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     row = {"seconds_rollout": lap()}
     pictures = policy.decode(out.latents[-1].flatten(0, 1))
     row["seconds_decode"] = lap()
-    scores = R.score(run.rewards, pictures, [p for p in prompts for _ in range(forest.leaves)])
+    scores = score(run, pictures, [p for p in prompts for _ in range(forest.leaves)])
     row["seconds_reward"] = lap()
 
     leaf_rewards, fused, advantages = credit_leaves(run, out, forest, scores)
@@ -231,6 +252,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
         "leaves": forest.leaves,
         "trained_edges": counts["trainable"] * o.prompts_per_iteration,
         "nfe": (counts["forwards"] + counts["trained_parents"]) * o.prompts_per_iteration,
+        "peak_gib": peak_gib(acc.device),
     }
     row |= {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
     return row, {"leaf_rewards": leaf_rewards, "advantages": torch.cat(advantages, 1)}
@@ -269,9 +291,21 @@ def keep_options(o) -> None:
         return
     for name, was in json.loads(path.read_text()).items():
         if now[name] != was:
-            raise ValueError(
-                f"--resume: the run has --{name.replace('_', '-')} {was}, not {now[name]}; give the same flags"
-            )
+            flag = name.replace("_", "-")
+            raise ValueError(f"--resume: the run has --{flag} {was}, not {now[name]}; give the same flags")
+
+
+def start(script: str, job, argv: list[str] | None, finish) -> None:
+    """A script's main: what `job` makes of the flags is trained, or with --plan only counted; an error is one sentence, exit 2."""
+    try:
+        o, *rest = job(argv)
+        if o.plan:
+            print(hardware.report(o))
+        else:
+            main(o, *rest, finish)
+    except (ValueError, NonFinite) as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: list[str], finish) -> None:
@@ -284,9 +318,11 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     Raises:
         ValueError: before any long work, one sentence; NonFinite or CannotScore in the loop.
     """
-    if o.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU was found")
-    accelerator = Accelerator(cpu=o.device == "cpu")
+    for flag, asked in (("--device cuda", o.device == "cuda"), ("--nf4", o.nf4)):
+        if asked and not torch.cuda.is_available():
+            raise ValueError(f"{flag}: no GPU was found")
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # others wait while one writes a large checkpoint
+    accelerator = Accelerator(cpu=o.device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
     main_process = accelerator.is_main_process
     o.out = broadcast_object_list([find_out(o) if main_process else None])[0]
     if main_process:
@@ -298,6 +334,9 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     if o.resume is not None and checkpoints(run.out):
         load_checkpoint(run, checkpoints(run.out)[-1])
     train(run)
+    if run.ema:
+        run.ema.copy_to(run.policy.trainable())
+    run.policy.gather(main_process)
     if main_process:
         finish(run)
         print(json.dumps(summary(run)))
@@ -312,8 +351,10 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
         prompts, heldout: from flags.load_prompts.
 
     Raises:
-        ValueError: if the processes do not share the prompts or updates evenly, or rewards or policy cannot be loaded.
+        ValueError: if --fsdp has no other process, the processes do not share the prompts or updates evenly, or rewards or policy cannot be loaded.
     """
+    if o.fsdp and not torch.distributed.is_initialized():
+        raise ValueError("--fsdp splits the model over processes: start it with torchrun")
     share = o.prompts_per_iteration / accelerator.num_processes
     if share % o.updates:
         n = accelerator.num_processes * o.updates
@@ -322,41 +363,55 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
     setup = R.Setup(o.reward_weights, accelerator.device, dtypes[o.reward_dtype], o.reward_offload, o.reward_batch)
     rewards, weights = R.load_rewards(o.reward, o.watch, [*prompts, *heldout], torch.ones(1, *shape), setup)
     trained = {"guidance": o.guidance, "lora": o.lora, "keep_reference": o.kl > 0}
-    memory = {"checkpointing": o.gradient_checkpointing, "tiling": o.vae_tiling}
+    memory = {"checkpointing": o.gradient_checkpointing, "tiling": o.vae_tiling, "sharded": o.fsdp, "nf4": o.nf4}
+    memory |= {"compiled": o.compile, "text_offload": o.text_offload, "text_cache": o.text_cache}
     policy = load_policy(dtype=dtypes[o.dtype], device=accelerator.device, **trained, **memory)
     if o.text_offload:
-        policy.release_text([*prompts, *heldout])
+        policy.remember([*own_prompts(o, accelerator, prompts), *heldout[: o.eval_size]])
     run = Run(o, accelerator, policy, prompts, heldout, rewards, weights)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=o.lr, weight_decay=o.weight_decay)
     run.ema = EMAModel(policy.trainable(), decay=o.ema) if o.ema else None
-    policy.transformer, run.optimizer = accelerator.prepare(policy.transformer, optimizer)
+    if not o.fsdp:
+        policy.transformer = accelerator.prepare(policy.transformer)
+    run.optimizer = accelerator.prepare(optimizer)
     return run
 
 
 class Log:
-    """metrics.jsonl and TensorBoard, written by the main process; on resume both lose what came after the checkpoint."""
+    """metrics.jsonl and a tracker, written by the main process; on resume what came after the checkpoint is dropped.
+
+    Weights & Biases keeps what it has, and ignores the steps that come again.
+    """
 
     def __init__(self, run: Run):
         self.run, self.main = run, run.accelerator.is_main_process
-        if self.main:
-            self.path = run.out / "metrics.jsonl"
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in run.history))
-            self.board = SummaryWriter(run.out / "tensorboard", purge_step=run.iteration + 1)
+        if not self.main:
+            return
+        self.path = run.out / "metrics.jsonl"
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in run.history))
+        if run.o.tracker == "wandb":
+            name = hashlib.sha256(str(run.out.resolve()).encode()).hexdigest()[:16]
+            settings = {"dir": run.out, "name": run.out.name, "id": name, "resume": "allow", "config": vars(run.o)}
+            self.tracker = WandBTracker("branchgrpo", **settings)
+        else:
+            self.tracker = TensorBoardTracker("tensorboard", run.out, purge_step=run.iteration + 1)
+        self.tracker.start()
 
     def write(self, row: dict, pictures: Tensor | None = None, histograms: dict[str, Tensor] | None = None) -> None:
-        """Append one row; scalars to TensorBoard, and pictures and histograms where there are some."""
+        """Append one row; scalars and pictures to the tracker, histograms to TensorBoard."""
         self.run.history.append(row)
         if not self.main:
             return
         with self.path.open("a") as f:
             f.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "iteration":
-                self.board.add_scalar(name, value, row["iteration"])
+        at = row["iteration"]
+        self.tracker.log({name: value for name, value in row.items() if name != "iteration"}, step=at)
         if pictures is not None:
-            self.board.add_images("heldout", strip(pictures), row["iteration"])
-        for name, values in (histograms or {}).items():
-            self.board.add_histogram(name, values, row["iteration"])
+            layout = {"dataformats": "NHWC"} if self.run.o.tracker == "tensorboard" else {}
+            self.tracker.log_images({"heldout": R.to_uint8(strip(pictures))}, step=at, **layout)
+        if self.run.o.tracker == "tensorboard":
+            for name, values in (histograms or {}).items():
+                self.tracker.writer.add_histogram(name, values, at)
 
 
 def train(run: Run) -> None:
@@ -392,6 +447,10 @@ def train(run: Run) -> None:
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{held:.3f}")
         bar.update()
     bar.close()
+    if log.main:
+        log.tracker.finish()
+    if run.pictures is None:  # a finished run, resumed
+        run.pictures = evaluate(run)[1]
 
 
 def summary(run: Run) -> dict:

@@ -12,15 +12,25 @@ text are read from the checkpoint's own config, so a small model and FLUX.1-dev 
 """
 
 import copy
+import hashlib
 import json
+import os
+import socket
+import sys
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, PipelineQuantizationConfig, WanPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
+
+from parallel import shard, unshard
 
 Cond = dict[str, Tensor]
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -36,8 +46,8 @@ def take_cond(cond: Cond, index: Tensor) -> Cond:
     return {name: value[index.to(value.device)] for name, value in cond.items()}
 
 
-def load_pipeline(model: str, wanted: type, dtype: torch.dtype) -> DiffusionPipeline:
-    """Load a diffusers pipeline of one class from a folder or a hub id.
+def load_pipeline(model: str, wanted: type, dtype: torch.dtype, nf4: bool = False) -> DiffusionPipeline:
+    """Load a diffusers pipeline of one class from a folder or a hub id; with nf4 the transformer's linear layers in 4 bits.
 
     Raises:
         ValueError: if it is missing, lacks a component, or is of another class; one sentence.
@@ -54,9 +64,15 @@ def load_pipeline(model: str, wanted: type, dtype: torch.dtype) -> DiffusionPipe
         config = config if Path(model).is_dir() else DiffusionPipeline.load_config(model)
         if config["_class_name"] != wanted.__name__:
             raise ValueError(f"--model {model} is a {config['_class_name']}; a {wanted.__name__} is needed here")
-        return wanted.from_pretrained(model, dtype=dtype)
+        return wanted.from_pretrained(model, dtype=dtype, **({"quantization_config": four_bits(dtype)} if nf4 else {}))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def four_bits(dtype: torch.dtype) -> PipelineQuantizationConfig:
+    """QLoRA's NF4 (arXiv:2305.14314) for the transformer: 4.5 bits a weight, computed in `dtype`."""
+    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return PipelineQuantizationConfig("bitsandbytes_4bit", kind, components_to_quantize=["transformer"])
 
 
 class Policy:
@@ -70,10 +86,15 @@ class Policy:
         keep_reference: keep the untrained velocity at hand, for the KL term (free with LoRA, a copy without).
         checkpointing: compute activations again in the backward pass instead of keeping them.
         tiling: decode in overlapping tiles, which changes seams a little, and pictures of a batch one by one.
+        sharded: split the transformer over all processes (FSDP2); see parallel.py.
+        compiled: compile the repeated blocks.
+        text_offload: text encoders are on the device only while they encode.
+        text_cache: a folder that keeps what they encoded, for this run and others.
     """
 
     pipeline_class: type
     latent_shape: tuple[int, ...]
+    guided = False  # are prompts encoded with an empty one beside them?
 
     def __init__(
         self,
@@ -84,6 +105,10 @@ class Policy:
         keep_reference=False,
         checkpointing=False,
         tiling=False,
+        sharded=False,
+        compiled=False,
+        text_offload=False,
+        text_cache: str | None = None,
     ):
         self.pipe, self.device, self.autocast, self.lora = pipe, torch.device(device), autocast, lora
         pipe.set_progress_bar_config(disable=True)
@@ -92,27 +117,38 @@ class Policy:
         if tiling:
             pipe.vae.enable_tiling()
             pipe.vae.enable_slicing()
-        pipe.to(self.device)
-        for part in pipe.components.values():
+        for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
+                waits = text_offload if name.startswith("text_encoder") else sharded and name == "transformer"
+                if not waits:
+                    part.to(self.device)
         self.transformer = pipe.transformer
         self.reference = copy.deepcopy(pipe.transformer) if keep_reference and not lora else None
         if lora:
             config = LoraConfig(r=lora, lora_alpha=2 * lora, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
-            self.transformer.add_adapter(config)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # the same start on every process, whatever was drawn before
+                self.transformer.add_adapter(config)
         else:
             self.transformer.requires_grad_(True)
         for weight in self.trainable():
             weight.data = weight.data.float()  # fp32 master weights, whatever the checkpoint's dtype
-        self._encoded: dict[str, dict[str, Tensor]] = {}
+        if compiled:  # by the names of its blocks, which FSDP2 changes
+            pipe.transformer.compile_repeated_blocks(dynamic=True)
+        for model in (self.transformer, self.reference) if sharded else ():
+            if model is not None:
+                shard(model, self.device, autocast)
+        self.text_offload, self.text_cache, self._encoded = text_offload, text_cache, {}
+        if text_cache:
+            Path(text_cache).mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def load(cls, model: str, *sizes: int, dtype: torch.dtype = torch.float32, **kwargs) -> "Policy":
+    def load(cls, model: str, *sizes: int, dtype: torch.dtype = torch.float32, nf4=False, **kwargs) -> "Policy":
         """From a local folder or a hub id; see `load_pipeline` and the class for what is raised."""
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-        pipe = load_pipeline(model, cls.pipeline_class, dtype)
+        pipe = load_pipeline(model, cls.pipeline_class, dtype, nf4)
         return cls(pipe, *sizes, autocast=dtype == torch.bfloat16, **kwargs)
 
     def trainable(self) -> list[torch.nn.Parameter]:
@@ -123,22 +159,49 @@ class Policy:
         """Text to conditioning, with the pipeline's own encoders."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Cond:
-        """Text to conditioning, first dimension the prompts; each prompt is encoded once in the life of the policy."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
-        if new:
-            cond = self.embed(new)
-            self._encoded |= {p: {k: v[i].cpu() for k, v in cond.items()} for i, p in enumerate(new)}
-        rows = [self._encoded[p] for p in prompts]
-        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+    @cached_property
+    def encoders(self) -> str:
+        """What an encoding depends on beside its prompt: class, length, guidance, and some values of every encoder's weight."""
+        words = [type(self).__name__, str(self.text_length), str(self.guided)]
+        for name, encoder in sorted(self.pipe.components.items()):
+            if name.startswith("text_encoder") and encoder:
+                for weight in encoder.parameters():
+                    some = weight.flatten()[:: max(1, weight.numel() // 16)].float().cpu()
+                    words += [str(weight.dtype), some.numpy().tobytes().hex()]
+        return "\n".join(words)
 
-    def release_text(self, prompts: list[str]) -> None:
-        """Encode every prompt that will be needed, then move the text encoders to the CPU."""
-        self.encode(prompts)
-        for name, part in self.pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                part.to("cpu")
+    def cached(self, prompt: str) -> Path:
+        """A prompt's file in text_cache."""
+        return Path(self.text_cache, hashlib.sha256(f"{self.encoders}\n{prompt}".encode()).hexdigest())
+
+    @torch.no_grad()
+    def remember(self, prompts: list[str]) -> None:
+        """Encode what was never encoded, in the memory or in text_cache; with text_offload the encoders visit the device for it."""
+        known = (lambda p: self.cached(p).exists()) if self.text_cache else self._encoded.__contains__
+        new = [p for p in dict.fromkeys(prompts) if not known(p)]
+        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder") and part]
+        for encoder in encoders if new else ():
+            encoder.to(self.device)
+        for start in tqdm(range(0, len(new), 32), desc="prompts", file=sys.stderr, disable=len(new) < 256):
+            some = new[start : start + 32]
+            cond = {name: value.cpu() for name, value in self.embed(some).items()}
+            for i, prompt in enumerate(some):
+                row = {name: value[i].clone() for name, value in cond.items()}
+                if not self.text_cache:
+                    self._encoded[prompt] = row
+                    continue
+                mine = f".{socket.gethostname()}-{os.getpid()}"  # others may write it too
+                beside = self.cached(prompt).with_suffix(mine)
+                save_file(row, beside)
+                os.replace(beside, self.cached(prompt))
+        for encoder in encoders if new and self.text_offload else ():
+            encoder.to("cpu")
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """Text to conditioning, first dimension the prompts; each prompt is encoded once, with text_cache once for all runs."""
+        self.remember(prompts)
+        rows = [load_file(self.cached(p)) if self.text_cache else self._encoded[p] for p in prompts]
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def call(self, reference: bool, **inputs) -> Tensor:
         """The transformer, or with `reference` the untrained one, under autocast: its output in float32."""
@@ -152,14 +215,19 @@ class Policy:
             self.pipe.transformer.enable_adapters()
         return v.float()
 
+    def gather(self, main_process: bool) -> None:
+        """Give the main process a whole transformer that it can call alone, to draw and to save; every process must call it."""
+        if isinstance(self.transformer, FSDPModule):
+            dtype = torch.bfloat16 if self.autocast else torch.float32
+            self.pipe.transformer = unshard(self.transformer, main_process, dtype)
+        self.transformer = self.pipe.transformer  # without DDP, whose calls meet those of others
+
     def save(self, folder: Path) -> None:
         """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`."""
         if self.lora:
             model = self.pipe.transformer
-            rank_and_alpha = model.peft_config["default"].to_dict()
-            self.pipeline_class.save_lora_weights(
-                folder, get_peft_model_state_dict(model), transformer_lora_adapter_metadata=rank_and_alpha
-            )
+            weights, rank_and_alpha = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+            self.pipeline_class.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=rank_and_alpha)
         else:
             self.pipe.save_pretrained(folder)
 
@@ -218,9 +286,10 @@ class FluxPolicy(Policy):
         )
 
     @torch.no_grad()
-    def decode(self, x: Tensor, micro_batch: int = 64) -> Tensor:
-        """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
+    def decode(self, x: Tensor) -> Tensor:
+        """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU; one by one, unless tiny."""
         vae, pictures = self.pipe.vae, []
+        micro_batch = max(1, 2**17 // (self.height * self.width))
         for part in x.split(micro_batch):
             z = self.pipe._unpack_latents(part.to(self.device), self.height, self.width, self.pipe.vae_scale_factor)
             z = z / vae.config.scaling_factor + vae.config.shift_factor
@@ -251,28 +320,25 @@ class WanPolicy(Policy):
         if pipe.transformer_2 is not None:
             raise ValueError("--model has a transformer for each noise range; only one can be trained here")
         super().__init__(pipe, **kwargs)
-        self.guidance, shrink = guidance, pipe.vae_scale_factor_spatial
-        self.latent_shape = (
-            pipe.transformer.config.in_channels, (frames - 1) // fold + 1, height // shrink, width // shrink,
-        )  # fmt: skip
+        self.guidance, self.guided, shrink = guidance, guidance != 1, pipe.vae_scale_factor_spatial
+        channels, latent_frames = pipe.transformer.config.in_channels, (frames - 1) // fold + 1
+        self.latent_shape = (channels, latent_frames, height // shrink, width // shrink)
         self.text_length, self.pixels = min(512, pipe.tokenizer.model_max_length), frames * height * width
 
     def embed(self, prompts: list[str]) -> Cond:
         """UMT5 states (P, L, C), zero after the text; with guidance those of the empty prompt beside them."""
-        guided = {"do_classifier_free_guidance": self.guidance != 1, "max_sequence_length": self.text_length}
-        states, empty = self.pipe.encode_prompt(prompts, **guided, device=self.device)
+        how = {"do_classifier_free_guidance": self.guided, "max_sequence_length": self.text_length}
+        states, empty = self.pipe.encode_prompt(prompts, **how, device=self.device)
         return {"states": states} | ({} if empty is None else {"empty": empty})
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
         """v_theta(x, sigma, prompt), guided: x (B, *latent_shape), sigma (B,) in (0, 1] -> the same shape, float32."""
         t = sigma.float() * self.pipe.scheduler.config.num_train_timesteps
-        if self.guidance == 1:
+        if not self.guided:
             return self.call(reference, hidden_states=x, timestep=t, encoder_hidden_states=cond["states"])
         both = torch.cat([cond["states"], cond["empty"]])
-        v = self.call(
-            reference, hidden_states=x.repeat(2, 1, 1, 1, 1), timestep=t.repeat(2), encoder_hidden_states=both
-        )
-        with_prompt, without = v.chunk(2)
+        twice = {"hidden_states": x.repeat(2, 1, 1, 1, 1), "timestep": t.repeat(2), "encoder_hidden_states": both}
+        with_prompt, without = self.call(reference, **twice).chunk(2)
         return without + self.guidance * (with_prompt - without)
 
     @torch.no_grad()

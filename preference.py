@@ -188,9 +188,8 @@ def linear_head(state: dict[str, Tensor], path: Path, width: int) -> torch.nn.Se
     head = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise((width, 1024, 128, 64, 16, 1))))
     places = {"layers.0": "0", "layers.2": "1", "layers.4": "2", "layers.6": "3", "layers.7": "4"}  # between: dropout
     try:
-        head.load_state_dict(
-            {places.get(k.rpartition(".")[0], k) + "." + k.rpartition(".")[2]: v for k, v in state.items()}
-        )
+        parts = ((*key.rpartition(".")[::2], v) for key, v in state.items())
+        head.load_state_dict({f"{places.get(layer, layer)}.{kind}": v for layer, kind, v in parts})
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold this head: {' '.join(str(error).split())}") from error
     return head.eval().requires_grad_(False)
@@ -292,10 +291,8 @@ class Scorer:
         """(B,) float32 scores on the CPU; see the class."""
         for model in self.models:
             model.to(self.setup.device)
-        size = self.setup.batch
-        parts = [
-            self.scores(to_uint8(p), prompts[i * size : (i + 1) * size]) for i, p in enumerate(pictures.split(size))
-        ]
+        n = self.setup.batch
+        parts = [self.scores(to_uint8(p), prompts[i * n : (i + 1) * n]) for i, p in enumerate(pictures.split(n))]
         if self.setup.offload:
             for model in self.models:
                 model.to("cpu")

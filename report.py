@@ -34,9 +34,7 @@ TREE_KEY = 2**31 + 1  # noise of the drawn tree
 
 
 def write(run) -> None:
-    """Write the three pictures into the run's folder, and the model (with EMA, its weights) into OUT/model."""
-    if run.pictures is None:
-        run.pictures = loop.evaluate(run)[1]
+    """Write the three pictures into the run's folder, and the model into OUT/model."""
     before = load_file(run.out / "before.safetensors")["pictures"]
     prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
     columns = 6 if before.ndim == 4 else 2
@@ -44,8 +42,6 @@ def write(run) -> None:
     if before.ndim == 5:
         play(before, run.pictures, prompts, run.out / "before_after")
     curves(run.history, run.out / "curves.png")
-    if run.ema:
-        run.ema.copy_to(run.policy.trainable())
     tree(run, run.out / "tree.png")
     run.policy.save(run.out / "model")
 
@@ -93,9 +89,8 @@ def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns:
         for video, prompt in zip(pixels[at : at + columns], prompts[at : at + columns]):
             title = Image.new("RGB", (video.shape[2], 16), "white")
             ImageDraw.Draw(title).text((4, 2), prompt, "black", ImageFont.load_default(10))
-            cells.append(
-                np.concatenate([np.broadcast_to(np.asarray(title), (len(video), 16, video.shape[2], 3)), video], 1)
-            )
+            titles = np.broadcast_to(np.asarray(title), (len(video), 16, video.shape[2], 3))
+            cells.append(np.concatenate([titles, video], 1))
         rows.append(np.concatenate(cells, 2))
     frames = np.concatenate(rows, 1)  # (F, height, width, 3)
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # the codec wants even sides
@@ -127,10 +122,8 @@ def curves(history: list[dict], path: Path) -> None:
     axes[2].set(title="diagnostics", xlabel="iteration", yscale="symlog")
     axes[2].set_yscale("symlog", linthresh=1e-7)
     parts = ("seconds_rollout", "seconds_decode", "seconds_reward", "seconds_train")
-    stacked = [series(history, p)[1] for p in parts]
-    axes[3].stackplot(
-        x, stacked, labels=[p.removeprefix("seconds_") for p in parts], colors=[BLUE, GREEN, GREY, ORANGE]
-    )
+    stacked, labels = [series(history, p)[1] for p in parts], [p.removeprefix("seconds_") for p in parts]
+    axes[3].stackplot(x, stacked, labels=labels, colors=[BLUE, GREEN, GREY, ORANGE])
     axes[3].set(title="seconds an iteration", xlabel="iteration")
     for ax in axes:
         ax.legend(fontsize=8, framealpha=0.8)

@@ -96,10 +96,8 @@ class Ocr:
     def __init__(self):
         from rapidocr import RapidOCR
 
-        size = {
-            "Rec.rec_img_shape": [3, 48, 48],
-            "Rec.rec_batch_num": 8,
-        }  # 48 wide at least, wider by aspect ratio; batches of 8 are the fastest on a CPU
+        # 48 wide at least, wider by aspect ratio; batches of 8 are the fastest on a CPU
+        size = {"Rec.rec_img_shape": [3, 48, 48], "Rec.rec_batch_num": 8}
         threads = {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}
         self.recogniser = RapidOCR(params={"Global.log_level": "critical", **size, **threads})._load_rec_model()
 

@@ -10,13 +10,12 @@ With no flag it takes the embedded default, a small real FLUX that draws coloure
 Progress goes to stderr; the last line on stdout is one JSON document. Bad input is one sentence and exit code 2.
 """
 
-import sys
 from functools import partial
 
 import flags
+import hardware
 import loop
 import report
-from branchgrpo import NonFinite
 from policies import FluxPolicy
 
 
@@ -28,7 +27,7 @@ def job(argv: list[str] | None = None) -> tuple:
     """
     tiny = flags.HERE / "tiny"
     parser = flags.parser(__doc__.splitlines()[0], str(tiny / "flux"), height=32, width=64, reward="ocr:1,colour:1")
-    o = parser.parse_args(argv)
+    o = hardware.parse(parser, argv)
     flags.resolve(o)
     prompts, heldout = flags.load_prompts(o, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
     policy = partial(FluxPolicy.load, o.model, o.height, o.width)
@@ -37,11 +36,7 @@ def job(argv: list[str] | None = None) -> tuple:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, resolve, train, report."""
-    try:
-        loop.main(*job(argv), report.write)
-    except (ValueError, NonFinite) as error:
-        print(f"train_image.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    loop.start("train_image.py", job, argv, report.write)
 
 
 if __name__ == "__main__":

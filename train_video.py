@@ -11,13 +11,12 @@ flag it takes the embedded default, a small real Wan that moves coloured shapes,
 Progress goes to stderr; the last line on stdout is one JSON document. Bad input is one sentence and exit code 2.
 """
 
-import sys
 from functools import partial
 
 import flags
+import hardware
 import loop
 import report
-from branchgrpo import NonFinite
 from policies import WanPolicy
 
 
@@ -31,7 +30,7 @@ def job(argv: list[str] | None = None) -> tuple:
     parser = flags.parser(__doc__.splitlines()[0], str(tiny / "wan"), 32, 32, "motion:1,colour:1", guidance=1.0)
     parser.add_argument("--frames", type=flags.COUNT, default=9, help="of a video, 4k + 1 (Wan2.1: 81)")
     parser.set_defaults(iterations=200, lr=2e-4)
-    o = parser.parse_args(argv)
+    o = hardware.parse(parser, argv)
     flags.resolve(o)
     prompts, heldout = flags.load_prompts(o, tiny / "video_train.txt", tiny / "video_heldout.txt")
     policy = partial(WanPolicy.load, o.model, o.height, o.width, o.frames)
@@ -40,11 +39,7 @@ def job(argv: list[str] | None = None) -> tuple:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, resolve, train, report."""
-    try:
-        loop.main(*job(argv), report.write)
-    except (ValueError, NonFinite) as error:
-        print(f"train_video.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    loop.start("train_video.py", job, argv, report.write)
 
 
 if __name__ == "__main__":

@@ -367,9 +367,8 @@ def main(argv: list[str] | None = None) -> None:
     total, variants = count(forest), count_variants(o.steps, o.branch, splits, o.roots)
     if forest.leaves <= 64:
         print(draw(forest))
-    print(
-        f"\nsplits {','.join(map(str, splits)) or 'none'}; {forest.leaves} leaves; nodes at each depth {forest.sizes}"
-    )
+    splits = ",".join(map(str, splits)) or "none"
+    print(f"\nsplits {splits}; {forest.leaves} leaves; nodes at each depth {forest.sizes}")
     print(f"nodes {total['nodes']} = sum n_d, edges {total['edges']} = sum_(d>0) n_d,", end=" ")
     print(f"forwards {total['forwards']} = sum_(d<T) n_d\n")
     print(f"{'variant':<12} {'kept':>8} {'per leaf':>9} {'trainable':>10} {'trained parents':>16}")

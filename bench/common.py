@@ -67,7 +67,7 @@ def prepare(o, flags: str, **changes) -> loop.Run:
     vars(options).update(changes)
     torch.set_num_threads(o.threads)
     with contextlib.redirect_stdout(io.StringIO()):
-        return loop.prepare(options, Accelerator(cpu=options.device == "cpu"), *rest)
+        return loop.prepare(options, Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available()), *rest)
 
 
 def variant(run: loop.Run, o, flags: str) -> loop.Run:
@@ -77,19 +77,22 @@ def variant(run: loop.Run, o, flags: str) -> loop.Run:
     return dataclasses.replace(run, o=options)
 
 
-def train(o, folder: Path, flags: list[str]) -> list[dict]:
-    """A whole run in a process of its own, kept under `folder` and not repeated; returns its metric rows."""
+def train(o, folder: Path, flags: list[str], processes: int = 1, threads: int | None = None) -> list[dict]:
+    """A whole run in a process of its own, or several, kept under `folder` and not repeated with the same flags; returns its metric rows."""
     where = ["--out", str(folder), "--save-every", "1000000"]
-    command = [sys.executable, str(ROOT / f"{script(o)}.py"), *flags, *o.flags.split(), *where]
-    if not (folder / "model").exists():  # the last thing a run writes
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *many, str(ROOT / f"{script(o)}.py"), *flags, *o.flags.split(), *where]
+    done_before = folder / "command.json"  # written last: what is there, was run to its end
+    if o.smoke or not done_before.exists() or json.loads(done_before.read_text()) != command[1:]:
         shutil.rmtree(folder, ignore_errors=True)
         done = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": str(o.threads)}, capture_output=True, text=True
+            command, env=os.environ | {"OMP_NUM_THREADS": str(threads or o.threads)}, capture_output=True, text=True
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         for checkpoint in loop.checkpoints(folder):
             shutil.rmtree(checkpoint)
+        done_before.write_text(json.dumps(command[1:]))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

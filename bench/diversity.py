@@ -3,10 +3,11 @@
 Question    MMD^2 between tree and sequential samples, against the null of two sequential sets; KID; distance between siblings.
 Hypothesis  One leaf of each of many trees cannot be told from sequential samples (every child is marginally a plain SDE step); all
             leaves together differ, since they share ancestors: MMD^2 at most .019 in the paper's protocol.
-Metric      Unbiased MMD^2 with a Gaussian kernel, bandwidth the median distance of the pooled sequential samples; p by permuting
-            labels; KID with the cubic polynomial kernel. Where 16 samples share a prompt the labels are not exchangeable: p is then
-            no test, and MMD^2 is read against that of two sequential sets. Features: pixels (blocks of 4 x 4), and the OCR model's outputs.
-            Within a prompt: mean pairwise distance of a tree's leaves over that of sequential samples.
+Metric      Unbiased MMD^2 (Gretton et al. 2012, Lemma 6, equation 4) with a Gaussian kernel, bandwidth the median distance of
+            sequential samples; KID, the same with the cubic polynomial kernel. Both sides have the same prompts, so p comes from
+            exchanging the two samples of a prompt at random; where 16 share a prompt, all 16 at once. Features: pixels
+            (blocks of 4 x 4), the OCR model's outputs, and of every CLIP model that --reward or --watch names its picture
+            features. Within a prompt: mean pairwise distance of a tree's leaves over that of sequential samples.
 Rule        One leaf a tree: p above .05. Positive controls that must be rejected: split noise times 4 with the density as it
             was, and eta raised by a fifth.
 
@@ -22,32 +23,31 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import branchgrpo
 from branchgrpo import Sampler, generators, rollout
 from rewards import to_uint8
-from sde import branch_noise, sigma_schedule
+from sde import sigma_schedule
 from tree import make_forest
 
 STEPS, SPLITS, KEY = 10, (0, 1, 3, 4), 2**31 + 3
 
 
-def samples(run, forest, s: float, eta: float, first: int, n: int, kind: str, loud: float = 1.0) -> torch.Tensor:
-    """n forests, always of the same prompts, with noises from number `first` on, decoded: (n, leaves, 3, H, W).
+class Loud(Sampler):
+    """The positive control: four times the noise at splits."""
 
-    `loud` multiplies the noise at splits.
-    """
-    sampler, out = Sampler(sigma_schedule(STEPS, 3.0), kind, eta, s), []
+    def moments(self, step, x, v, stochastic=True):
+        """As a Sampler's, with std times 4 where the step is a split."""
+        mean, std = super().moments(step, x, v, stochastic)
+        return mean, std * (4 if step[0].item() in SPLITS else 1)
 
-    def noise(parents, k, shape, s, generator):
-        return branch_noise(parents, k, shape, s, generator) * (loud if k > 1 else 1.0)
 
-    branchgrpo.branch_noise = noise
+def samples(run, forest, s: float, eta: float, first: int, n: int, kind: str, by=Sampler) -> torch.Tensor:
+    """n forests, always of the same prompts, with noises from number `first` on, decoded: (n, leaves, 3, H, W)."""
+    sampler, out = by(sigma_schedule(STEPS, 3.0), kind, eta, s), []
     for start in range(first, first + n, 16):
         numbers = range(start, min(start + 16, first + n))
         cond = run.policy.encode([run.prompts[(i - first) % len(run.prompts)] for i in numbers])
         latents = rollout(run.policy, cond, forest, sampler, generators(KEY, 0, numbers), 256).latents[-1]
         out.append(run.policy.decode(latents.flatten(0, 1)).unflatten(0, (len(numbers), -1)))
-    branchgrpo.branch_noise = branch_noise
     return torch.cat(out)
 
 
@@ -72,28 +72,44 @@ def ocr_features(run):
     return features
 
 
+def clip_features(scorer):
+    """Picture features of length 1 of a preference model of the CLIP family."""
+
+    @torch.no_grad()
+    def features(pictures: torch.Tensor) -> np.ndarray:
+        return torch.cat([scorer.image_features(to_uint8(x)) for x in pictures.split(32)]).double().cpu().numpy()
+
+    return features
+
+
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(n, m)."""
     return np.maximum((x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T, 0)
 
 
-def mmd2(k: np.ndarray, n: int) -> float:
-    """Unbiased MMD^2 from the kernel matrix of x (its first n rows) and y."""
-    m = len(k) - n
-    xx = (k[:n, :n].sum() - np.trace(k[:n, :n])) / (n * (n - 1))
-    yy = (k[n:, n:].sum() - np.trace(k[n:, n:])) / (m * (m - 1))
-    return float(xx + yy - 2 * k[:n, n:].mean())
+def paired(k: np.ndarray) -> np.ndarray:
+    """h_ij = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j), 0 where i = j, from the kernel matrix of n x's and n y's."""
+    n = len(k) // 2
+    h = k[:n, :n] + k[n:, n:] - k[:n, n:] - k[n:, :n]
+    np.fill_diagonal(h, 0)
+    return h
 
 
-def compare(x: np.ndarray, y: np.ndarray, bandwidth: float, permutations: int) -> dict:
-    """MMD^2 with its permutation p-value, and KID."""
-    z, n = np.concatenate([x, y]), len(x)
-    k = np.exp(-squared_distances(z, z) / (2 * bandwidth))
-    found, rng = mmd2(k, n), np.random.default_rng(0)
-    null = [mmd2(k[p][:, p], n) for p in (rng.permutation(len(z)) for _ in range(permutations))]
-    cubic = ((z @ z.T) / z.shape[1] + 1) ** 3
-    p = (1 + sum(v >= found for v in null)) / (1 + permutations)
-    return {"mmd2": found, "p": p, "null_95": float(np.quantile(null, 0.95)), "kid": mmd2(cubic, n)}
+def compare(x: np.ndarray, y: np.ndarray, bandwidth: float, permutations: int, block: int = 1) -> dict:
+    """Unbiased MMD^2 of paired samples with its p-value, and KID.
+
+    x_i and y_i share a prompt, so their labels may be exchanged, alone or with the `block` of samples of that prompt: then
+    h_ij changes its sign with each of i and j.
+    """
+    z, n, rng = np.concatenate([x, y]), len(x), np.random.default_rng(0)
+    h, cubic = (
+        paired(k) for k in (np.exp(-squared_distances(z, z) / (2 * bandwidth)), (z @ z.T / z.shape[1] + 1) ** 3)
+    )
+    signs = rng.choice([-1.0, 1.0], (permutations, n // block)).repeat(block, 1)
+    null = ((signs @ h) * signs).sum(1) / (n * (n - 1))
+    found = float(h.sum()) / (n * (n - 1))
+    p = float(1 + (null >= found).sum()) / (1 + permutations)
+    return {"mmd2": found, "p": p, "null_95": float(np.quantile(null, 0.95)), "kid": float(cubic.sum()) / (n * (n - 1))}
 
 
 def draw(document: dict):
@@ -127,7 +143,7 @@ def main() -> None:
     """Sample, compare; table, JSON, figure."""
     parser = common.parser(__doc__)
     parser.add_argument("--n", type=int, default=1024, help="samples a side")
-    parser.add_argument("--permutations", type=int, default=200)
+    parser.add_argument("--permutations", type=int, default=2000)
     parser.add_argument("--sde", default="cps", help="kind of step")
     parser.add_argument("--eta", type=float, default=0.7)
     o = parser.parse_args()
@@ -143,7 +159,7 @@ def main() -> None:
         sequential, other = (drawn(flat, 4.0, o.eta, first, n)[:, 0] for first in (0, n))
         trees = {s: drawn(tree, s, o.eta, 2 * n, n if s == 4.0 else n // 8) for s in (1.0, 2.0, 4.0, 8.0)}
         many, others = (drawn(group, float("inf"), o.eta, first * n, n // 16) for first in (4, 5))
-        loud = drawn(tree, 4.0, o.eta, 2 * n, n, loud=4.0)[:, 0]
+        loud = drawn(tree, 4.0, o.eta, 2 * n, n, by=Loud)[:, 0]
         more = drawn(flat, 4.0, 1.2 * o.eta, 2 * n, n)[:, 0]
     sets = {  # name -> the samples, and the sequential ones of the same prompts
         "sequential, other noises": (other, sequential),
@@ -154,12 +170,15 @@ def main() -> None:
         "tree, all 16 leaves": (trees[4.0][: n // 16].flatten(0, 1), many.flatten(0, 1)),
     }
     spaces = {"pixels": pixel_features} | ({"OCR outputs": ocr_features(run)} if "ocr" in run.rewards else {})
+    spaces |= {n: clip_features(r) for n, r in run.rewards.items() if hasattr(r, "image_features")}
     found, within = {}, {}
     for space, features in spaces.items():
         x = features(sequential)
         bandwidth = float(np.median(squared_distances(x, x)[np.triu_indices(len(x), 1)])) / 2
-        pairs = {name: (features(y), features(z)) for name, (y, z) in sets.items()}
-        found[space] = {name: compare(z, y, bandwidth, permutations) for name, (y, z) in pairs.items()}
+        found[space] = {}
+        for name, (y, z) in sets.items():
+            block = 16 if "16" in name else 1
+            found[space][name] = compare(features(z), features(y), bandwidth, permutations, block)
 
         def spread(group, features=features):
             return float(

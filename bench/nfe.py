@@ -14,36 +14,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+import hardware
 import loop
-from branchgrpo import prune
-from schedules import plan
-from tree import count
 
-ARMS = {  # name -> flags, the paper's NFE old and new (None where it gives none), sliding positions
-    "sequential DanceGRPO": ("--method flowgrpo --sde dance", (20, 20), 1),
-    "DanceGRPO, shared noise": ("--method dancegrpo", (20, 20), 1),
-    "DanceGRPO, fraction 0.6": ("--method dancegrpo --timestep-fraction 0.6", (20, 12), 1),
-    "Flow-GRPO": ("--method flowgrpo", None, 1),
-    "MixGRPO, window 5": ("--method mixgrpo --mix 5 --mix-every 1", (20, 5), 14),
-    "BranchGRPO": ("--method branchgrpo", (13.68, 13.68), 1),
-    "+ width (Parent-Top1)": ("--method branchgrpo --width-prune parent-top1", (13.68, 8.625), 1),
-    "+ width (Extreme-4)": ("--method branchgrpo --width-prune extreme-4", (13.68, 8.625), 1),
-    "+ depth, window 5": ("--method branchgrpo --depth-prune 5 --depth-every 1", (13.68, 8.625), 5),
-    "Mix, window 4": ("--method branchgrpo-mix --mix 4 --mix-every 1", (13.68, 4.25), 17),
-    "Mix, splits alone": ("--method branchgrpo-mix --mix 0", None, 1),
-    "Mix, splits alone, flash 4": ("--method branchgrpo-mix --mix 0 --flash 4", None, 1),
-}
 SHARED = " --steps 20 --leaves 16 --prompts-per-iteration 1 --iterations 300 --watch jpeg --eval-size 1 --micro-batch 0"
 
 
 def counted(options, iteration: int) -> dict[str, float]:
     """Closed form: one prompt's counts a picture, from the plan alone."""
-    todo = plan(options, iteration)
-    fused = [torch.zeros(1, n, dtype=torch.float64) for n in todo.forest.sizes]
-    keep = prune(todo.forest, fused, options.width_prune, todo.depth)
-    drawn = [k & (i in todo.trained_steps or not todo.forest.stochastic(i)) for i, k in enumerate(keep)]
-    found = count(todo.forest, drawn)
-    return {k: v / todo.forest.leaves for k, v in found.items() if k != "leaves"}
+    found = hardware.counted(options, iteration)
+    return {k: v / found["leaves"] for k, v in found.items() if k != "leaves"}
 
 
 def hooked(run: loop.Run, iteration: int) -> dict[str, float]:
@@ -81,10 +61,10 @@ def main() -> None:
     o = common.parser(__doc__).parse_args()
     rows, first = {}, common.prepare(o, SHARED, lr=1e-12)
     print(f"{'':<28}{'nodes':>9}{'edges':>9}{'kept':>9}{'forwards':>10}{'trained':>9}   paper: old, new")
-    for name, (flags, paper, positions) in ARMS.items():
+    for name, (flags, paper, _) in hardware.METHODS.items():
         run = common.variant(first, o, flags + SHARED)
-        found = [counted(run.o, i) for i in range(positions)]
-        for i in range((name == "BranchGRPO") if o.smoke else positions):
+        found = [counted(run.o, i) for i in hardware.slide(run.o)]
+        for i in range((name == "BranchGRPO") if o.smoke else len(found)):
             seen = hooked(run, i)
             if any(abs(found[i][k] - seen[k]) > 1e-9 for k in seen):
                 raise SystemExit(f"{name}, iteration {i}: counted {found[i]}, called {seen}")

@@ -1,151 +1,211 @@
-"""What does the method cost beyond the model? Iteration time over bare model calls, and over one node at a time.
+"""What does the method cost beyond the model? Iteration time over bare model calls, over one node at a time, and how it grows.
 
-Question    How much time do tree, noise, credit and loss add to the transformer calls they need?
+Question    How much time do tree, noise, credit and loss add to the transformer calls they need? What do leaves, steps and
+            prompts cost in seconds and memory?
 Hypothesis  Rollout at most 1.10 times the bare calls at the same batch shapes, training at most 1.15 times bare forward and
             backward (optimiser step included on our side only), an iteration at least 8 times faster than one node at a time.
-Metric      Ratios of seconds, measured in turn in one process, median and range over repetitions.
+            Two processes on two cores score at least 1.7 times as many leaves a second as one on one. Seconds grow with the forwards and trained parents that are counted; memory hardly grows, in micro-batches.
+Metric      Ratios of seconds, measured in turn in one process, median and range over repetitions. Growth: median policy seconds
+            (rollout and training) of three iterations and the peak memory of a process of its own for each size.
 Rule        The medians against the three bounds.
 
-    python bench/overhead.py             # 2 minutes on 2 cores; the paper's tree: T = 20, splits 0,3,6,9, 16 leaves, all stochastic
+    python bench/overhead.py             # 12 minutes on 2 cores, alone; the paper's tree: T = 20, 16 leaves, all stochastic
 """
 
-import argparse
-import copy
-import json
 import sys
-import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import common
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import loop
+from policies import take_cond
+from rewards import score
+from schedules import plan
+from tree import count
 
-from branchgrpo import Sampler, credit, gather, generators, prune, rollout, update  # noqa: E402
-from policies import FluxPolicy, take_cond  # noqa: E402
-from rewards import load_rewards, score  # noqa: E402
-from sde import sigma_schedule  # noqa: E402
-from tree import count, make_forest  # noqa: E402
+BASE = "--method branchgrpo --steps 20 --eval-size 1 --iterations 3"
+BOUNDS = {  # ratio -> what is hoped for
+    "rollout over bare calls": "at most 1.10",
+    "training over bare forward and backward": "at most 1.15",
+    "one node at a time, model calls": "for comparison",
+    "one node at a time, iteration": "at least 8",
+}
+GROWTH = {  # what grows -> value -> flags
+    "leaves": {n: f"--leaves {n}" for n in (4, 8, 16, 32, 64)},
+    "leaves, no micro-batch": {n: f"--leaves {n} --micro-batch 0" for n in (4, 8, 16, 32, 64)},
+    "steps": {n: f"--steps {n}" for n in (10, 20, 40)},
+    "prompts": {n: f"--prompts-per-iteration {n}" for n in (1, 2, 4, 8)},
+}
+SWITCHES = {  # what none of them changes is the result; see the tests
+    "none": "",
+    "--micro-batch 8": "--micro-batch 8",
+    "--micro-batch 0": "--micro-batch 0",
+    "--gradient-checkpointing": "--gradient-checkpointing",
+    "--tree-offload": "--tree-offload",
+    "--text-offload": "--text-offload",
+    "--compile": "--compile",
+}
 
 
-def seconds(work) -> float:
-    """Wall-clock of one call."""
-    began = time.perf_counter()
+def seconds(run, work) -> float:
+    """Wall-clock of one call, the device's queue drained."""
+    lap = loop.stopwatch(run.accelerator.device)
     work()
-    return time.perf_counter() - began
+    return lap()
 
 
-def bare_rollout(policy, cond, forest, micro_batch: int) -> None:
+def empty(run, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """n latents and noise levels, as the policy takes them."""
+    device = run.accelerator.device
+    return torch.zeros(n, *run.policy.latent_shape, device=device), torch.full((n,), 0.5, device=device)
+
+
+def bare_rollout(run, cond, forest) -> None:
     """The rollout's transformer calls and nothing else: the same batch shapes on fixed inputs."""
     prompts = len(next(iter(cond.values())))
     with torch.no_grad():
         for n in forest.sizes[:-1]:
-            for part in torch.arange(prompts * n).split(micro_batch):
-                c = {k: v[:1].expand(len(part), *v.shape[1:]) for k, v in cond.items()}
-                policy.velocity(torch.zeros(len(part), *policy.latent_shape), torch.full((len(part),), 0.5), c)
+            for part in torch.arange(prompts * n).split(run.o.micro_batch):
+                run.policy.velocity(*empty(run, len(part)), take_cond(cond, part % prompts))
 
 
-def bare_training(policy, cond, edges, micro_batch: int) -> None:
+def bare_training(run, cond, forest) -> None:
     """Forward and backward of every trained parent, at the update's batch shapes, with a plain sum as the loss."""
-    for part in torch.arange(len(edges.x)).split(micro_batch):
-        c = take_cond(cond, edges.prompt[part])
-        policy.velocity(edges.x[part], edges.step[part] / 20 + 0.01, c).sum().backward()
+    prompts = len(next(iter(cond.values())))
+    for part in torch.arange(prompts * count(forest)["trained_parents"]).split(run.o.micro_batch):
+        run.policy.velocity(*empty(run, len(part)), take_cond(cond, part % prompts)).sum().backward()
 
 
-def one_node_at_a_time(policy, cond, forest, prompts: list[str], rewards, optimizer) -> dict[str, float]:
+def one_node_at_a_time(run, cond, forest, prompts: list[str]) -> tuple[float, float]:
     """The same forest as the published code walks it: batch 1 for calls, decoding, rewards, and edges instead of parents.
 
-    Its own optimiser steps every 12 edges, as there; tree, noise, credit and loss are left out, in its favour. Returns
-    the seconds of its model calls and of all the rest.
+    Its optimiser steps every 12 edges, as there; tree, noise, credit and loss are left out, in its favour. Returns the
+    seconds of its model calls, and of everything.
     """
-    n, sigma = count(forest), torch.full((1,), 0.5)
-    x = torch.zeros(1, *policy.latent_shape)
+    n, (x, sigma) = count(forest), empty(run, 1)
     calls = rest = 0.0
     for p, prompt in enumerate(prompts):
         c = {k: v[p : p + 1] for k, v in cond.items()}
         with torch.no_grad():
-            calls += seconds(lambda c=c: [policy.velocity(x, sigma, c) for _ in range(n["forwards"])])
+            calls += seconds(run, lambda c=c: [run.policy.velocity(x, sigma, c) for _ in range(n["forwards"])])
         for _ in range(forest.leaves):
-            rest += seconds(lambda prompt=prompt: score(rewards, policy.decode(x), [prompt]))
+            rest += seconds(run, lambda prompt=prompt: score(run.rewards, run.policy.decode(x), [prompt]))
         for edge in range(n["edges"]):
-            calls += seconds(lambda c=c: policy.velocity(x, sigma, c).sum().backward())
+            calls += seconds(run, lambda c=c: run.policy.velocity(x, sigma, c).sum().backward())
             if edge % 12 == 11:
-                rest += seconds(lambda: (optimizer.step(), optimizer.zero_grad()))
-    return {"calls": calls, "all": calls + rest}
+                rest += seconds(run, lambda: (run.optimizer.step(), run.optimizer.zero_grad()))
+    return calls, calls + rest
+
+
+def ratios(o, repetitions: int) -> dict[str, list[float]]:
+    """The four ratios, a value for each repetition."""
+    run = common.prepare(o, BASE + (" --prompts-per-iteration 1 --leaves 4" if o.smoke else ""), lr=1e-12)
+    run.o.micro_batch = run.o.micro_batch or 10**9
+    forest, prompts = plan(run.o, 0).forest, run.prompts[: run.o.prompts_per_iteration]
+    cond, found = run.policy.encode(prompts), {name: [] for name in BOUNDS}
+    loop.iterate(run, 0), bare_rollout(run, cond, forest)  # warm
+    for _ in tqdm(range(repetitions), desc="repetitions", file=sys.stderr):
+        row = loop.iterate(run, 0)[0]
+        ours = common.policy_seconds(row)
+        calls, everything = one_node_at_a_time(run, cond, forest, prompts)
+        values = (
+            row["seconds_rollout"] / seconds(run, lambda: bare_rollout(run, cond, forest)),
+            row["seconds_train"] / seconds(run, lambda: bare_training(run, cond, forest)),
+            calls / ours,
+            everything / (ours + row["seconds_decode"] + row["seconds_reward"]),
+        )
+        for name, value in zip(found, values):
+            found[name].append(value)
+    return found
+
+
+def grow(o) -> dict[str, dict]:
+    """What grows -> value -> policy seconds, those that counting predicts from the row of 16 leaves, peak memory in GiB."""
+    cells = {f"{what} {n}": f"{BASE} {flags}" for what, row in GROWTH.items() for n, flags in row.items()}
+    if o.smoke:
+        cells = {name: f + " --leaves 4 --prompts-per-iteration 1" for name, f in cells.items() if name == "steps 10"}
+    found = {}
+    for name, rows in common.train_all(o, "overhead", cells).items():
+        what, _, n = name.rpartition(" ")
+        options = common.job(o, cells[name])[0]
+        counted = count(plan(options, 0).forest)
+        units = (counted["forwards"] + 3 * counted["trained_parents"]) * options.prompts_per_iteration
+        policy = float(np.median([common.policy_seconds(row) for row in rows[1:]]))
+        memory = {"memory_gib": rows[-1]["peak_gib"]}
+        found.setdefault(what, {})[n] = {"policy_seconds": policy, "seconds_a_unit": policy / units} | memory
+    return found
+
+
+def switched(o) -> dict[str, dict]:
+    """Switches of memory and speed: policy seconds and peak memory with each."""
+    cells = {name: f"{BASE} --iterations 5 {flags}" for name, flags in SWITCHES.items()}
+    if o.smoke:
+        cells = {"none": cells["none"] + " --leaves 4 --prompts-per-iteration 1"}
+    found = common.train_all(o, "switches", cells)
+    policy = {name: float(np.median([common.policy_seconds(r) for r in rows[3:]])) for name, rows in found.items()}
+    return {name: {"policy_seconds": policy[name], "memory_gib": rows[-1]["peak_gib"]} for name, rows in found.items()}
+
+
+def processes(o) -> dict[str, float]:
+    """Leaves a second of one process on one core, and of two on two: each the same prompts, so twice as many in all."""
+    flags = f"{BASE} --method branchgrpo-mix --iterations {2 if o.smoke else 8} --prompts-per-iteration"
+    rates = {}
+    for n in (1, 2):
+        where = common.ROOT / ("runs/smoke" if o.smoke else "runs/bench") / f"processes_{n}"
+        rows = common.train(o, where, f"{flags} {4 * n}".split(), processes=n, threads=1)
+        whole = [sum(v for k, v in row.items() if k.startswith("seconds_") and k != "seconds_eval") for row in rows[1:]]
+        rates[str(n)] = 4 * n * rows[-1]["leaves"] / float(np.median(whole[1:]))
+    return rates
+
+
+def draw(document: dict):
+    """The ratios with their range; policy seconds, seconds a unit of counting and memory against what grows."""
+    figure, growth = plt.figure(figsize=(13, 4)), document["growth"]
+    first, *axes = figure.subplots(1, 4, width_ratios=(1.2, 1, 1, 1))
+    for y, values in enumerate(document["ratios"].values()):
+        middle = np.median(values)
+        span = [[middle - min(values)], [max(values) - middle]]
+        first.errorbar(middle, y, xerr=span, fmt="o", color=common.COLOURS[y], capsize=3)
+    first.set_yticks(range(4), [name.replace(" over ", "\nover ").replace(", ", ",\n") for name in document["ratios"]])
+    first.set(xscale="log", xlabel="ratio of seconds (median, range)")
+    first.invert_yaxis()
+    labels = ("policy seconds an iteration", "milliseconds a forward (backward: 2)", "peak memory, GiB")
+    for ax, key, label, scale in zip(axes, ("policy_seconds", "seconds_a_unit", "memory_gib"), labels, (1, 1000, 1)):
+        for (what, row), colour, marker in zip(growth.items(), common.COLOURS, "osD^"):
+            y = [scale * cell[key] for cell in row.values()]
+            ax.plot([int(n) for n in row], y, marker=marker, color=colour, label=what)
+        ax.set(xscale="log", xlabel="how many", ylabel=label, ylim=(0, None))
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    return figure
 
 
 def main() -> None:
-    """Measure in turn, print the table; the last line is the JSON document."""
-    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "tiny/flux"), help="a Flux checkpoint")
-    parser.add_argument("--height", type=int, default=32)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--prompts", type=int, default=4, help="trees an iteration")
-    parser.add_argument("--micro-batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    """Measure in turn, print the tables; JSON, figure."""
+    parser = common.parser(__doc__)
+    parser.set_defaults(threads=2, jobs=1)
     parser.add_argument("--repetitions", type=int, default=5)
     o = parser.parse_args()
-    torch.set_num_threads(o.threads)
-    policy = FluxPolicy.load(o.model, o.height, o.width)
-    prompts = [f'red "WORD{i}"' for i in range(o.prompts)]
-    cond = policy.encode(prompts)
-    scorers, _ = load_rewards("ocr", "colour", prompts, torch.ones(1, 3, o.height, o.width))
-    other = copy.deepcopy(policy)  # trained one node at a time, so that the measured policy stays as it is
-    other_optimizer = torch.optim.AdamW(other.trainable(), lr=1e-6)
-    forest = make_forest(20, 2, (0, 3, 6, 9))
-    sampler = Sampler(sigma_schedule(20, 3.0), "dance", 0.3)
-    accelerator = Accelerator(cpu=True)
-    optimizer = accelerator.prepare(torch.optim.AdamW(policy.trainable(), lr=1e-6))
-    o.clip, o.kl, o.max_grad_norm = 1e-4, 0.0, 1.0
-    rewards = torch.rand(o.prompts, forest.leaves)
-
-    def whole_training(out):
-        fused, advantages = credit(out, forest, rewards, 1.0, 5.0)
-        keep = prune(forest, fused, None, None)
-        edges = gather(out, forest, keep, advantages, torch.arange(o.prompts), "path")
-        update(policy, optimizer, accelerator, edges, cond, sampler, o)
-        return edges
-
-    def roll():
-        return rollout(policy, cond, forest, sampler, generators(0, 0, range(o.prompts)), o.micro_batch)
-
-    def decode_and_score(out):
-        each = [p for p in prompts for _ in range(forest.leaves)]
-        return score(scorers, policy.decode(out.latents[-1].flatten(0, 1)), each)
-
-    out = roll()
-    edges = whole_training(out)
-    bare_rollout(policy, cond, forest, o.micro_batch)
-    raw = {k: [] for k in ("rollout", "bare_rollout", "training", "bare_training", "decode_and_score")}
-    raw |= {"one_node_calls": [], "one_node_all": []}
-    for _ in tqdm(range(o.repetitions), desc="repetitions", file=sys.stderr):
-        raw["rollout"].append(seconds(roll))
-        raw["bare_rollout"].append(seconds(lambda: bare_rollout(policy, cond, forest, o.micro_batch)))
-        raw["training"].append(seconds(lambda: whole_training(out)))
-        raw["bare_training"].append(seconds(lambda: bare_training(policy, cond, edges, o.micro_batch)))
-        raw["decode_and_score"].append(seconds(lambda: decode_and_score(out)))
-        one = one_node_at_a_time(other, cond, forest, prompts, scorers, other_optimizer)
-        raw["one_node_calls"].append(one["calls"])
-        raw["one_node_all"].append(one["all"])
-    r = {k: np.array(v) for k, v in raw.items()}
-    ratios = {
-        "rollout over bare calls": r["rollout"] / r["bare_rollout"],
-        "training over bare forward and backward": r["training"] / r["bare_training"],
-        "one node at a time, model calls": r["one_node_calls"] / (r["rollout"] + r["training"]),
-        "one node at a time, iteration": r["one_node_all"] / (r["rollout"] + r["training"] + r["decode_and_score"]),
-    }
-    bounds = ("at most 1.10", "at most 1.15", "for comparison", "at least 8")
-    for (name, values), bound in zip(ratios.items(), bounds):
-        print(f"{name:<42} {np.median(values):6.2f}  [{values.min():.2f}, {values.max():.2f}]   {bound}")
-    document = {"arguments": {k: v for k, v in vars(o).items() if k != "model"}, "seconds": raw}
-    document["ratios"] = {k: float(np.median(v)) for k, v in ratios.items()}
-    path = ROOT / "bench/results/overhead.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(document, indent=1))
-    print(json.dumps(document["ratios"]))
+    found = ratios(o, 1 if o.smoke else o.repetitions)
+    for (name, values), bound in zip(found.items(), BOUNDS.values()):
+        print(f"{name:<42} {np.median(values):6.2f}  [{min(values):.2f}, {max(values):.2f}]   {bound}")
+    growth, switches, rates = grow(o), switched(o), processes(o)
+    print(f"{'':<30}{'policy s':>9}{'ms a unit':>11}{'GiB':>7}")
+    for what, row in growth.items():
+        for n, c in row.items():
+            print(
+                f"{what + ' ' + n:<30}{c['policy_seconds']:9.2f}{1000 * c['seconds_a_unit']:11.2f}{c['memory_gib']:7.2f}"
+            )
+    for name, c in switches.items():
+        print(f"{name:<30}{c['policy_seconds']:9.2f}{c['memory_gib']:18.2f}")
+    print(
+        f"leaves a second: one process {rates['1']:.1f}, two {rates['2']:.1f}, {rates['2'] / rates['1']:.2f} times as many"
+    )
+    document = {"ratios": found, "bounds": BOUNDS, "growth": growth, "switches": switches, "leaves_a_second": rates}
+    common.finish("overhead", o, document, draw)
 
 
 if __name__ == "__main__":

@@ -59,15 +59,25 @@ def timing(d: dict) -> str:
                 theirs,
                 f"{r['ratio']:.3f} {interval}",
                 r["ratio_counted"],
+                r.get("ratio_planned"),
                 r["ratio_of_totals"],
                 r["policy_seconds"],
             ]
         )
-    head = ["method", "paper", "ours: policy seconds", "counted", "ours: all seconds", "policy seconds an iteration"]
+    head = [
+        "method",
+        "paper",
+        "ours: policy seconds",
+        "counted",
+        "planned",
+        "ours: all seconds",
+        "policy seconds an iteration",
+    ]
     model, errors = d["cost_model"], d["cost_model"]["relative_errors_on_the_other_half"]
     note = (
-        "Ratios to DanceGRPO, ours to the sequential one. Policy seconds are rollout, training and optimiser; the last column but one adds"
-        f" decoding and reward. A cost model of forwards, trained parents and a constant, fitted on every second row, predicts the others"
+        'Ratios to DanceGRPO, ours to the sequential one. Policy seconds are rollout, training and optimiser; "all seconds" adds'
+        " decoding and reward. Counted: forwards + 3 trained parents. Planned: by hardware.py, from a measured curve of seconds against"
+        f" batch size. A cost model of forwards, trained parents and a constant, fitted on every second row, predicts the others"
         f" with errors of {100 * min(errors):+.0f} to {100 * max(errors):+.0f} %. The paper's seconds follow"
         f" {model['paper_seconds_a_unit']:.2f} (NFE old + 3 NFE new) with errors of "
         + ", ".join(f"{100 * e:+.0f} % ({n})" for n, e in model["paper_relative_errors"].items())
@@ -158,7 +168,24 @@ def gradient(d: dict) -> str:
 
 def overhead(d: dict) -> str:
     """Beyond the model."""
-    return table(["ratio", "ours"], [[k, v] for k, v in d["ratios"].items()]) + "\n\nThe paper has no such figures."
+    rows = [
+        [name, d["bounds"][name], f"{np.median(v):.2f} [{min(v):.2f}, {max(v):.2f}]"] for name, v in d["ratios"].items()
+    ]
+    growth = [
+        [f"{what}: {n}", c["policy_seconds"], f"{1000 * c['seconds_a_unit']:.2f}", f"{c['memory_gib']:.2f}"]
+        for what, row in d["growth"].items()
+        for n, c in row.items()
+    ]
+    head = ["what grows", "policy seconds an iteration", "ms a forward (backward: 2)", "peak memory, GiB"]
+    switches = [[f"`{n}`", c["policy_seconds"], f"{c['memory_gib']:.2f}"] for n, c in d["switches"].items()]
+    rates = d["leaves_a_second"]
+    note = (
+        f"Leaves a second: one process on one core {rates['1']:.1f}, two on two {rates['2']:.1f}, {rates['2'] / rates['1']:.2f} times as many."
+        " Ratios: median and range. Growth starts from T = 20, 16 leaves, 4 prompts, micro-batches of 64 nodes, all steps stochastic."
+        " The paper has no such figures."
+    )
+    tables = (table(["ratio of seconds", "hoped for", "ours"], rows), table(head, growth))
+    return "\n\n".join([*tables, table(["switch", "policy seconds an iteration", "peak memory, GiB"], switches), note])
 
 
 def evaluate(d: dict) -> str:

@@ -3,11 +3,13 @@
 Question    Seconds an iteration, split into rollout, decoding, reward and training, against DanceGRPO as its authors run it.
 Hypothesis  Model calls set the time: each ratio of policy seconds (rollout, training, optimiser) is at most 1.10 times what
             counting gives, (forwards + 3 trained parents) over the same of sequential DanceGRPO.
-Metric      Policy seconds of a method over sequential DanceGRPO's, both from the same round. Windows are averaged over their
-            slide. Median over rounds with the interval of a bootstrap; a cost model is fitted on half the rows.
-Rule        The medians against 1.10 times counting.
+Metric      Policy seconds of a method over sequential DanceGRPO's, both from the same round. Windows visit
+            every place in every round, and are averaged. Median over rounds with the interval of a bootstrap; a cost model is
+            fitted on half the rows.
+Rule        The medians against 1.10 times counting. Beside them what hardware.py plans from a measured curve of seconds against
+            batch size; its ratios should agree within 10 %.
 
-    python bench/timing.py               # 12 minutes on one core; run it alone
+    python bench/timing.py               # 20 minutes on one core; run it alone
 """
 
 import sys
@@ -16,20 +18,20 @@ import common
 import matplotlib.pyplot as plt
 import nfe
 import numpy as np
+import torch
 from scipy.optimize import nnls
 from tqdm import tqdm
 
+import hardware
 import loop
+from policies import repeat_cond
 
-PAPER = {  # seconds an iteration, FLUX.1-dev on 16 GPUs
-    "DanceGRPO, shared noise": 698, "DanceGRPO, fraction 0.6": 469, "MixGRPO, window 5": 289, "BranchGRPO": 493,
-    "+ width (Parent-Top1)": 314, "+ depth, window 5": 314, "Mix, window 4": 148,
-}  # fmt: skip
 PARTS = ("rollout", "train", "decode", "reward")
 LARGE = {  # 81 leaves
-    "sequential DanceGRPO, 81": ("--method flowgrpo --sde dance", 1),
-    "Mix, splits alone, flash 4, 81": ("--method branchgrpo-mix --branch 3 --mix 0 --flash 4", 1),
+    "sequential DanceGRPO, 81": "--method flowgrpo --sde dance",
+    "Mix, splits alone, flash 4, 81": "--method branchgrpo-mix --branch 3 --mix 0 --flash 4",
 }
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 BASE, LARGE_BASE = "sequential DanceGRPO", "sequential DanceGRPO, 81"
 
 
@@ -53,14 +55,35 @@ def cost_model(rows: dict[str, dict]) -> dict:
     names = ("forwards_total", "trained_parents_total", "once")
     costs = fit(ours[::2], names)
     errors = [float(sum(c * r[k] for c, k in zip(costs, names)) / r["seconds"] - 1) for r in ours[1::2]]
-    paper = []
-    for name, seconds in PAPER.items():
-        old, new = nfe.ARMS[name][1]
-        paper.append({"both": old + 3 * new, "seconds": seconds, "name": name})
-    one = sum(p["seconds"] * p["both"] for p in paper) / sum(p["both"] ** 2 for p in paper)  # least squares of seconds
-    theirs = {p["name"]: one * p["both"] / p["seconds"] - 1 for p in paper}
     document = {"seconds_of": dict(zip(names, costs.tolist())), "relative_errors_on_the_other_half": errors}
+    one, theirs = hardware.paper_errors()
     return document | {"paper_seconds_a_unit": one, "paper_relative_errors": theirs}
+
+
+def batch_curves(run: loop.Run, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of a transformer call at each of BATCHES, without and with gradient and backward; medians."""
+    cond, found = run.policy.encode(run.prompts[:1]), {"forward": [], "trained": []}
+    for b in BATCHES:
+        c = repeat_cond(cond, b)
+        x = torch.zeros(b, *run.policy.latent_shape, device=run.accelerator.device)
+        sigma = torch.full((b,), 0.5, device=x.device)
+        timed = {"forward": [], "trained": []}
+        for _ in range(repetitions):
+            lap = loop.stopwatch(x.device)
+            with torch.no_grad():
+                run.policy.velocity(x, sigma, c)
+            timed["forward"].append(lap())
+            run.policy.velocity(x, sigma, c).sum().backward()
+            timed["trained"].append(lap())
+        for name, values in timed.items():
+            found[name].append(float(np.median(values)))
+    return found
+
+
+def planned(options, prompts: int, curves: dict) -> float:
+    """What hardware.py predicts from the curves: policy seconds an iteration, averaged over a window's slide."""
+    calls = [lambda b, name=name: float(np.interp(b, BATCHES, curves[name])) for name in ("forward", "trained")]
+    return float(np.mean([hardware.seconds(options, i, prompts, *calls) for i in hardware.slide(options)]))
 
 
 def draw(document: dict):
@@ -92,22 +115,22 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="an iteration")
     o = parser.parse_args()
     rounds, prompts = (1, 1) if o.smoke else (o.rounds, o.prompts)
-    arms = {name: (flags, positions) for name, (flags, _, positions) in nfe.ARMS.items()} | LARGE
+    arms = {name: flags for name, (flags, _, _) in hardware.METHODS.items()} | LARGE
     shared = f" --steps 20 --prompts-per-iteration {prompts} --iterations 300 --eval-size 1"
     runs, first = {}, common.prepare(o, shared, lr=1e-12)
-    for name, (flags, positions) in arms.items():
+    for name, flags in arms.items():
         leaves = 81 if name in LARGE else 16
         runs[name] = common.variant(first, o, flags + shared + f" --leaves {leaves}")
-        loop.iterate(runs[name], positions // 2)  # warm
-    raw = {name: [] for name in arms}
-    for i in tqdm(range(rounds), desc="rounds", file=sys.stderr):
-        for name, (_, positions) in arms.items():
-            at = [round((i + 0.5) / rounds * positions - 0.5)] if rounds < positions else range(positions)
-            rows = [loop.iterate(runs[name], j)[0] for j in at]
+        loop.iterate(runs[name], len(hardware.slide(runs[name].o)) // 2)  # warm
+    raw, curves = {name: [] for name in arms}, batch_curves(first, 2 if o.smoke else 9)
+    for _ in tqdm(range(rounds), desc="rounds", file=sys.stderr):
+        for name in arms:
+            places = range(1) if o.smoke else hardware.slide(runs[name].o)
+            rows = [loop.iterate(runs[name], j)[0] for j in places]
             raw[name].append({part: float(np.mean([r[f"seconds_{part}"] for r in rows])) for part in PARTS})
     rows = {}
-    for name, (_, positions) in arms.items():
-        found = [nfe.counted(runs[name].o, i) for i in range(positions)]
+    for name in arms:
+        found = [nfe.counted(runs[name].o, i) for i in hardware.slide(runs[name].o)]
         leaves, base = runs[name].o.leaves * prompts, LARGE_BASE if name in LARGE else BASE
         policy = [r["rollout"] + r["train"] for r in raw[name]]
         ratios = [p / (b["rollout"] + b["train"]) for p, b in zip(policy, raw[base])]
@@ -117,15 +140,26 @@ def main() -> None:
         row |= {"policy_seconds": float(np.median(policy)), "ratio": float(np.median(ratios))}
         row |= {"ratio_interval": bootstrap(ratios), "ratio_of_totals": float(np.median(totals))}
         row |= {"ratio_counted": (n["forwards"] + 3 * n["trained_parents"]) / (20 + 3 * 19)}
+        row["ratio_planned"] = planned(runs[name].o, prompts, curves) / planned(runs[base].o, prompts, curves)
         rows[name] = row | {f"{k}_total": v * leaves for k, v in n.items()} | {"raw": raw[name]}
-    print(f"{'':<32}{'policy s':>9}{'total s':>9}{'ratio':>8}  {'interval':<16}{'counted':>8}{'of totals':>10}")
+    print(
+        f"{'':<32}{'policy s':>9}{'total s':>9}{'ratio':>8}  {'interval':<16}{'counted':>8}{'planned':>9}{'of totals':>10}"
+    )
     for name, r in rows.items():
         low, high = r["ratio_interval"]
         numbers = (
             f"{r['policy_seconds']:9.3f}{sum(r['seconds'].values()):9.3f}{r['ratio']:8.3f}  [{low:.3f}, {high:.3f}]  "
         )
-        print(f"{name:<32}{numbers}{r['ratio_counted']:8.3f}{r['ratio_of_totals']:10.3f}")
-    common.finish("timing", o, {"rows": rows, "paper_seconds": PAPER, "cost_model": cost_model(rows)}, draw)
+        print(f"{name:<32}{numbers}{r['ratio_counted']:8.3f}{r['ratio_planned']:9.3f}{r['ratio_of_totals']:10.3f}")
+    paper = {name: s for name, (_, _, s) in hardware.METHODS.items() if s}
+    document = {
+        "rows": rows,
+        "paper_seconds": paper,
+        "cost_model": cost_model(rows),
+        "batches": BATCHES,
+        "curves": curves,
+    }
+    common.finish("timing", o, document, draw)
 
 
 if __name__ == "__main__":

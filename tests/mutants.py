@@ -14,7 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {"sde": "test_sde", "tree": "test_tree", "branchgrpo": "test_branchgrpo", "schedules": "test_schedules"}
-TESTS |= {"policies": "test_policies", "preference": "test_preference"}
+TESTS |= {
+    "policies": "test_policies",
+    "preference": "test_preference",
+    "hardware": "test_hardware",
+    "parallel": "test_parallel",
+}
 FUSE = "return (beta * path_logp.double()).unflatten(1, (nodes, -1)).softmax(-1)"
 CENTRE = "centred = rewards.double() - rewards.double().mean(1, keepdim=True)"
 DROPPED = "set(range(max(start, forest.last_split + 1), start + width))"
@@ -106,6 +111,15 @@ MUTANTS = [
     ("preference", '"position_ids": places}', '"position_ids": None}'),
     ("preference", "most if h * w > most else least", "most"),
     ("preference", "x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)", "x.permute(0, 1, 4, 7, 8, 5, 3, 2, 6, 9)"),
+    ("policies", 'hashlib.sha256(f"{self.encoders}\\n{prompt}"', 'hashlib.sha256(f"{prompt}"'),
+    ("hardware", "return 30 * (linear + attention) + outside", "return 30 * linear + outside"),
+    ("hardware", "share = gpus if o.fsdp else 1", "share = gpus"),
+    ("hardware", "arch.saved[o.lora > 0]", "arch.saved[0]"),
+    ("hardware", "rollout = sum(forward(b) for n in sizes[:-1]", "rollout = sum(forward(b) for n in sizes"),
+    ("hardware", "(nfe[0] + 3 * nfe[1], s)", "(nfe[0] + 2 * nfe[1], s)"),
+    ("parallel", "module._buffers.update(same._buffers)", "pass"),
+    ("parallel", "zip(model, run.ema.shadow_params)", "zip(model, run.ema.shadow_params[::-1])"),
+    ("parallel", "reshard_after_forward=True", "reshard_after_forward=None"),
 ]
 
 
@@ -119,7 +133,8 @@ def survives(name: str, right: str, wrong: str) -> bool:
             target = Path(folder) / path.relative_to(ROOT)
             target.parent.mkdir(exist_ok=True, parents=True)
             shutil.copy(path, target)
-        shutil.copytree(ROOT / "tiny", Path(folder) / "tiny")
+        for part in ("tiny", "configs"):
+            shutil.copytree(ROOT / part, Path(folder) / part)
         source = Path(folder) / f"{name}.py"
         text = source.read_text()
         assert text.count(right) == 1, f"{name}.py must hold {right!r} exactly once"

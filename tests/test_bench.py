@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE / "bench"))
@@ -19,7 +20,7 @@ import results  # noqa: E402
 import timing  # noqa: E402
 
 
-@pytest.mark.parametrize("name", ["nfe", "evaluate", "diversity", "gradient"])
+@pytest.mark.parametrize("name", ["nfe", "evaluate", "diversity", "gradient", "overhead"])
 def test_smoke(name):
     done = subprocess.run(
         [sys.executable, HERE / f"bench/{name}.py", "--smoke"], capture_output=True, text=True, cwd=HERE
@@ -53,9 +54,22 @@ def test_mmd2_is_unbiased_and_sees_a_shift():
     x, y = rng.normal(size=(2, 300, 4))
     same, moved = diversity.compare(x, y, 4.0, 100), diversity.compare(x, y + 0.5, 4.0, 100)
     assert same["p"] > 0.05 and moved["p"] < 0.02 and abs(same["mmd2"]) < 0.01 < moved["mmd2"]
-    k = np.exp(-diversity.squared_distances(x[:5], x[:5]) / 8)  # by hand on 2 and 3 points
-    inside = k[0, 1] + (k[2, 3] + k[2, 4] + k[3, 4]) / 3
-    assert diversity.mmd2(k, 2) == pytest.approx(inside - 2 * k[:2, 2:].mean())
+    z = np.concatenate([x[:3], y[:3]])  # by hand on three pairs
+    k = np.exp(-((z[:, None] - z[None]) ** 2).sum(2) / 8)
+    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    by_hand = np.mean([k[i, j] + k[3 + i, 3 + j] - k[i, 3 + j] - k[3 + i, j] for i, j in pairs])
+    assert diversity.compare(x[:3], y[:3], 4.0, 10)["mmd2"] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_p_is_uniform_where_nothing_differs(block):
+    """Pairs share a prompt that moves both: p stays uniform, alone and where four samples share it."""
+    rng, ps = np.random.default_rng(1), []
+    for _ in range(200):
+        prompt = rng.normal(size=(60 // block, 1, 3)).repeat(block, 1).reshape(-1, 3) * 3
+        x, y = (prompt + rng.normal(size=prompt.shape) for _ in range(2))
+        ps.append(diversity.compare(x, y, 9.0, 99, block)["p"])
+    assert stats.kstest(ps, "uniform").pvalue > 0.01 and abs(np.mean(np.array(ps) <= 0.05) - 0.05) < 0.05
 
 
 def test_gradient_moments_are_without_bias():

@@ -2,22 +2,27 @@
 
 import json
 import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    FluxTransformer2DModel,
     WanPipeline,
     WanTransformer3DModel,
 )
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from branchgrpo import Sampler, sample_ode
+from branchgrpo import Sampler, credit, gather, generators, prune, rollout, sample_ode, update
 from policies import FluxPolicy, WanPolicy, load_pipeline, repeat_cond, take_cond
 from sde import sigma_schedule
 from tiny.make_tiny_flux import build
+from tree import make_forest
 
 PROMPTS = ['red "CAT"', 'blue "HOUSE"', 'teal "OWL"']
 
@@ -217,3 +222,73 @@ def test_each_script_refuses_the_others_checkpoint(folder, wan):
         WanPolicy.load(str(folder), 32, 32, 9)
     with pytest.raises(ValueError, match="is a WanPipeline; a FluxPipeline is needed"):
         FluxPolicy.load(str(wan), 32, 32)
+
+
+def test_a_text_cache_outlives_the_policy_and_knows_its_encoders(folder, tmp_path, monkeypatch):
+    wanted = load(folder).encode(PROMPTS)
+    load(folder, text_cache=str(tmp_path)).encode(PROMPTS[:2])
+    later, asked = load(folder, text_cache=str(tmp_path)), []
+    embed = later.embed
+    monkeypatch.setattr(later, "embed", lambda prompts: asked.append(prompts) or embed(prompts))
+    found = later.encode(PROMPTS)
+    assert asked == [PROMPTS[2:]] and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    other = load(folder, text_cache=str(tmp_path))
+    with torch.no_grad():
+        list(other.pipe.text_encoder.parameters())[-1].add_(1.0)  # another checkpoint
+    files = len(list(tmp_path.iterdir()))
+    other.encode(PROMPTS[:1])
+    assert len(list(tmp_path.iterdir())) == files + 1 == 4
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_velocities_and_gradients(folder):
+    found = []
+    for compiled in (False, True):
+        policy = load(folder, compiled=compiled)
+        x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+        v = policy.velocity(x, torch.tensor([0.9, 0.5, 0.1]), policy.encode(PROMPTS))
+        v.square().sum().backward()
+        found.append((v.detach(), torch.cat([p.grad.flatten() for p in policy.trainable()])))
+    for plain, ours in zip(*found):
+        assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+@pytest.mark.gpu
+def test_four_bits_train_a_lora(folder):
+    """NF4: the velocity near the plain one, gradients in the LoRA alone; diffusers packs weights on GPUs only."""
+    pytest.importorskip("bitsandbytes")
+    plain, packed = load(folder, device="cuda"), load(folder, nf4=True, lora=4, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(3, *plain.latent_shape, generator=torch.Generator().manual_seed(3)).cuda()
+    sigma, cond = torch.tensor([0.9, 0.5, 0.1]).cuda(), plain.encode(PROMPTS)
+    v, wanted = packed.velocity(x, sigma, packed.encode(PROMPTS)), plain.velocity(x, sigma, cond)
+    assert 0 < (v - wanted).norm() < 0.3 * wanted.norm()
+    v.square().sum().backward()
+    assert all(p.grad is not None and p.dtype == torch.float32 for p in packed.trainable())
+
+
+@pytest.mark.slow
+def test_flux_1_dev_at_full_width(capsys):
+    """FLUX.1-dev's config with one block of each kind, random weights: a tree and a LoRA update on the CPU.
+
+    Text encoders and VAE are stand-ins, of the true widths where the transformer meets them.
+    """
+    pipe = build()
+    pipe.text_encoder.config.hidden_size, pipe.text_encoder_2.config.d_model = 768, 4096
+    pipe.text_encoder = type(pipe.text_encoder)(pipe.text_encoder.config)
+    pipe.text_encoder_2 = type(pipe.text_encoder_2)(pipe.text_encoder_2.config)
+    pipe.transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    policy = FluxPolicy(pipe, 128, 128, lora=8, checkpointing=True)
+    forest, sampler = make_forest(4, 2, (0, 1)), Sampler(sigma_schedule(4, 3.0), "cps", 0.7)
+    cond, began = policy.encode(PROMPTS[:1]), time.perf_counter()
+    assert cond["states"].shape[2] == 4096 and cond["pooled"].shape == (1, 768)
+    out = rollout(policy, cond, forest, sampler, generators(0, 0, range(1)))
+    assert policy.decode(out.latents[-1].flatten(0, 1)).isfinite().all()
+    rolled = time.perf_counter()
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]])
+    _, advantages = credit(out, forest, rewards, 1.0, 5.0)
+    edges = gather(out, forest, prune(forest, [rewards] * 5, None, None), advantages, torch.arange(1), "edge")
+    o = SimpleNamespace(clip=1e-4, kl=0.0, micro_batch=1, max_grad_norm=1.0)
+    log = update(policy, torch.optim.AdamW(policy.trainable()), Accelerator(cpu=True), edges, cond, sampler, o)
+    assert log["ratio_dev"] < 1e-4 and log["grad_norm"] > 0
+    with capsys.disabled():
+        print(f"\nFLUX.1-dev, two blocks: rollout {rolled - began:.0f} s, update {time.perf_counter() - rolled:.0f} s")

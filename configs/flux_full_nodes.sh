@@ -1,0 +1,11 @@
+#!/bin/sh
+# The same on several nodes of eight: start it on each, with NODES and HEAD (host:port of one of them) set; the paper took two.
+# The folder is to be one that all nodes share: checkpoints are written in pieces.
+# Memory: 24.25 GiB of 74.5, by `GPUS=1 NODES=1 HEAD=localhost:0 sh configs/flux_full_nodes.sh --plan flux1-dev --gpu h100 --gpus 16`, which also says where it goes.
+exec torchrun --nnodes "${NODES:-2}" --nproc_per_node "${GPUS:-8}" --rdzv_backend c10d --rdzv_endpoint "${HEAD:?host:port}" \
+    train_image.py --model black-forest-labs/FLUX.1-dev \
+    --prompts "${PROMPTS:-prompts.txt}" --height 720 --width 720 --steps 20 --method branchgrpo --depth-prune 5 --depth-every 30 \
+    --eta 0.3 --prompts-per-iteration 16 --lr 1e-5 --lr-end 1 --ema 0.995 --iterations 300 \
+    --reward hpsv2 --watch pickscore,imagereward --reward-weights "${WEIGHTS:-weights}" --reward-dtype bf16 \
+    --dtype bf16 --fsdp --micro-batch 2 --gradient-checkpointing --text-offload --text-cache text_cache \
+    --eval-size 64 --save-every 20 "$@"
