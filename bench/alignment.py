@@ -2,17 +2,17 @@
 
 Question    Which share of DanceGRPO's policy seconds (rollout and training) does BranchGRPO need to reach its final reward?
 Hypothesis  At most a quarter: the tree shares prefixes, siblings share forwards, and credit arrives at every depth.
-Metric      Policy seconds until the held-out reward (linear between evaluations) first reaches DanceGRPO's final one, over
-            DanceGRPO's policy seconds; the same seed on both sides. DanceGRPO's final reward is the mean of its last
-            three evaluations of that seed, so that one lucky evaluation does not set the mark. Seconds an update are measured
-            alone, at the end. Beside it: final scores, the watched ones too, and the area under the curve against updates.
+Metric      Policy seconds until the held-out reward (mean of the last three evaluations, linear between them) first reaches
+            DanceGRPO's final one, over DanceGRPO's policy seconds; the same seed on both sides. The same over the seconds that
+            DanceGRPO itself takes to its mark, which it may reach before its end. Seconds an update are measured alone, at
+            the end. Beside it: final scores, the watched ones too, and the area under the curve against updates.
 Rule        Same leaves, same updates, same prompts. Each arm runs at its own best eta and learning rate from one grid, chosen
             by successive halving on prompts that are neither trained on nor tested on. Median over seeds and each seed's
             value are reported; a seed that never reaches the mark counts as "not reached".
 
     python bench/alignment.py            # 1.5 hours on 2 cores; resumes where it was stopped
-    python bench/alignment.py --video --seeds 3 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4 --finalists 2 \\
-        --flags "--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144"                                   # 1.5 hours
+    python bench/alignment.py --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4 \\
+        --flags "--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144"                                   # 1.2 hours
 """
 
 import sys
@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 ARMS = {
     "DanceGRPO": "--method dancegrpo",
+    "Flow-GRPO": "--method flowgrpo",
+    "MixGRPO": "--method mixgrpo --mix",
     "BranchGRPO": "--method branchgrpo",
     "BranchGRPO + depth": "--method branchgrpo --depth-prune",
     "BranchGRPO + width": "--method branchgrpo --width-prune",
@@ -32,8 +34,8 @@ ARMS = {
     "BranchGRPO-Mix, splits alone": "--method branchgrpo-mix --mix 0",
     "BranchGRPO-Mix, splits alone, flash": "--method branchgrpo-mix --mix 0 --flash 3",
 }
-CHOSEN = ("BranchGRPO + depth", "BranchGRPO-Mix", "BranchGRPO-Mix, splits alone", "BranchGRPO-Mix, splits alone, flash")
-STEPS = "dance:0.4 dance:0.8 dance:1.6 dance:2.4 cps:0.3 cps:0.5 cps:0.7 cps:0.85"
+VIDEO_ARMS = ("BranchGRPO + depth", "BranchGRPO-Mix, splits alone", "BranchGRPO-Mix, splits alone, flash")
+STEPS = "dance:0.8 dance:1.6 dance:2.4 cps:0.5 cps:0.7 cps:0.85"
 
 
 def flags_of(setting: tuple) -> str:
@@ -66,58 +68,72 @@ def curve(rows: list[dict], an_iteration: float = 0.0) -> dict[str, list[float]]
     return out
 
 
+def trailing(rewards: list[float]) -> list[float]:
+    """At each evaluation the mean of the last three, so that a lucky one neither sets a mark nor reaches it."""
+    return [float(np.mean(rewards[max(0, i - 2) : i + 1])) for i in range(len(rewards))]
+
+
 def seconds_to(c: dict, mark: float) -> float | None:
-    """Policy seconds until the reward first reaches the mark, linear between evaluations; None if it never does."""
-    for i in range(1, len(c["reward"])):
-        a, b = c["reward"][i - 1], c["reward"][i]
+    """Policy seconds until the trailing reward first reaches the mark, linear between evaluations; None if it never does."""
+    reward = trailing(c["reward"])
+    for i in range(1, len(reward)):
+        a, b = reward[i - 1], reward[i]
         if b >= mark:
             share = 0.0 if a >= mark else (mark - a) / (b - a)
             return c["seconds"][i - 1] + share * (c["seconds"][i] - c["seconds"][i - 1])
     return None
 
 
+def rungs(cells: int, iterations: int) -> list[tuple[int, int, int]]:
+    """Successive halving by three: (cells, iterations of each, how many stay) of a fifth, two fifths and the whole length."""
+    third, ninth = (min(cells, max(2, cells // n)) for n in (3, 9))
+    lengths = [max(1, iterations * n // 5) for n in (1, 2, 5)]
+    return [(cells, lengths[0], third), (third, lengths[1], ninth), (ninth, lengths[2], 1)]
+
+
 def tune(arm: str, o, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
-    """Successive halving over the grid on tuning prompts: all cells for a third, the best at full length."""
+    """The best cell of the grid on tuning prompts, by the mean of a run's last three evaluations; one that diverges is last."""
     files = f"--prompts {o.out / 'tune_train.txt'} --eval-prompts {o.out / 'tune_heldout.txt'}"
     cells, record = o.grid, []
-    for iterations, keep in ((max(1, o.iterations // 3), o.finalists), (o.iterations, 1)):
+    for _, iterations, keep in rungs(len(cells), o.iterations):
 
         def cell(setting, iterations=iterations):
             flags = f"{ARMS[arm]}{flags_of(setting)} --seed 1000 {files} --iterations {iterations}"
-            flags += f" --eval-every {max(1, iterations // 2)}"
+            flags += f" --eval-every {max(3, iterations // 6)}"
             name = "tune/{}/{}-{}-{}-{}".format(arm, iterations, *setting).replace(" ", "_")
-            rows = common.train(o, o.out / name, flags.split())
-            bar.update()
-            return curve(rows)["reward"][-1]
+            try:
+                return common.final_reward(common.train(o, o.out / name, flags.split()))
+            except common.Failed as error:
+                tqdm.write(f"{arm} {setting}: {error}", file=sys.stderr)
+                return None
+            finally:
+                bar.update()
 
         scores = list(pool.map(cell, cells))
         record.append({"iterations": iterations, "cells": [[*c, s] for c, s in zip(cells, scores)]})
-        cells = [c for _, c in sorted(zip(scores, cells), reverse=True)[:keep]]
+        best = sorted(zip(scores, cells), key=lambda pair: -np.inf if pair[0] is None else pair[0], reverse=True)
+        cells = [c for _, c in best[:keep]]
     return {"setting": cells[0], "grid": record}
 
 
-def compare(results: dict, seeds: list[int]) -> dict:
-    """Each arm against DanceGRPO, seed by seed: final scores, area, seconds an update, share of seconds to its mark."""
+def compare(results: dict) -> dict:
+    """Each arm against DanceGRPO, the first, seed by seed: final scores, area, seconds an update, share of seconds to its mark."""
     table = {}
     for arm, arm_curves in results.items():
-        shares, finals, per_update, areas = [], [], [], []
-        for s in range(len(seeds)):
-            dance, mine = results["DanceGRPO"][s], arm_curves[s]
-            reached = seconds_to(mine, float(np.mean(dance["reward"][-3:])))
-            shares.append(None if reached is None else reached / dance["seconds"][-1])
-            finals.append(float(np.mean(mine["reward"][-3:])))
-            per_update.append(mine["seconds"][-1] / mine["iteration"][-1])
-            areas.append(float(np.trapezoid(mine["reward"], mine["iteration"]) / mine["iteration"][-1]))
-        found = [x if x is not None else np.inf for x in shares]
-        median = float(np.median(found))
-        table[arm] = {
-            "final_reward": finals,
-            "final_scores": {k: [float(np.mean(c[k][-3:])) for c in arm_curves] for k in list(arm_curves[0])[4:]},
-            "area": areas,
-            "seconds_an_update": per_update,
-            "share_of_dance_seconds": shares,
-            "median_share": median if np.isfinite(median) else None,
-        }
+        row = {k: [] for k in ("final_reward", "area", "share_of_dance_seconds", "share_of_dance_to_its_mark")}
+        for dance, mine in zip(results["DanceGRPO"], arm_curves):
+            mark = trailing(dance["reward"])[-1]
+            reached, its_own = seconds_to(mine, mark), seconds_to(dance, mark)
+            row["share_of_dance_seconds"].append(None if reached is None else reached / dance["seconds"][-1])
+            row["share_of_dance_to_its_mark"].append(reached / its_own if reached is not None and its_own else None)
+            row["final_reward"].append(trailing(mine["reward"])[-1])
+            row["area"].append(float(np.trapezoid(mine["reward"], mine["iteration"]) / mine["iteration"][-1]))
+        row["seconds_an_update"] = arm_curves[0]["seconds"][-1] / arm_curves[0]["iteration"][-1]
+        row["final_scores"] = {k: [trailing(c[k])[-1] for c in arm_curves] for k in list(arm_curves[0])[4:]}
+        median = float(np.median([x if x is not None else np.inf for x in row["share_of_dance_seconds"]]))
+        table[arm] = row | {"median_share": median if np.isfinite(median) else None}
+        first = table["DanceGRPO"]["final_reward"]
+        table[arm]["final_minus_dance"] = common.interval(np.subtract(row["final_reward"], first))
     return table
 
 
@@ -144,13 +160,12 @@ def main() -> None:
     parser.set_defaults(flags="--leaves 8 --prompts-per-iteration 8 --lr-end 1")
     parser.add_argument("--seeds", type=int, default=5, help="paired seeds")
     parser.add_argument("--iterations", type=int, default=60, help="updates of every arm")
-    parser.add_argument("--arms", nargs="*", default=list(CHOSEN), choices=list(ARMS), help="DanceGRPO is always run")
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), help="DanceGRPO always; default: all, of video some")
     parser.add_argument("--steps", nargs="*", default=STEPS.split(), metavar="KIND:ETA", help="of the grid")
     parser.add_argument("--lrs", nargs="*", type=float, default=[5e-5, 1e-4, 2e-4], help="of the grid")
-    parser.add_argument("--finalists", type=int, default=4, help="cells of the grid that run at full length")
     o = parser.parse_args()
     if o.smoke:
-        o.seeds, o.iterations, o.steps, o.lrs, o.arms = 1, 2, ["cps:0.7"], [1e-4], [CHOSEN[2]]
+        o.seeds, o.iterations, o.steps, o.lrs, o.arms = 1, 2, ["cps:0.7"], [1e-4], [VIDEO_ARMS[1]]
         o.flags += " --eval-size 8 --leaves 4 --prompts-per-iteration 1"
     o.out = common.ROOT / ("runs/smoke" if o.smoke else "runs") / f"alignment{'_video' if o.video else ''}"
     o.grid = [(kind, float(eta), lr) for kind, eta in (x.split(":") for x in o.steps) for lr in o.lrs]
@@ -160,8 +175,8 @@ def main() -> None:
     n = min(256, len(lines) // 4)
     (o.out / "tune_train.txt").write_text("".join(lines[:-n]))
     (o.out / "tune_heldout.txt").write_text("".join(lines[-n:]))
-    arms = list(dict.fromkeys(["DanceGRPO", *o.arms]))
-    total = len(arms) * (len(o.grid) + min(o.finalists, len(o.grid)) + o.seeds)
+    arms = list(dict.fromkeys(["DanceGRPO", *(o.arms or (VIDEO_ARMS if o.video else ARMS))]))
+    total = len(arms) * (sum(n for n, *_ in rungs(len(o.grid), o.iterations)) + o.seeds)
     with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=total, desc="runs", file=sys.stderr) as bar:
         tuned = {arm: tune(arm, o, pool, bar) for arm in arms}
 
@@ -177,11 +192,12 @@ def main() -> None:
         runs = list(pool.map(final, tasks))
     alone = seconds_an_iteration(arms, tuned, o, 1 if o.smoke else 3)
     results = {arm: [curve(rows, alone[arm]) for (_, a), rows in zip(tasks, runs) if a == arm] for arm in arms}
-    table = compare(results, list(range(o.seeds)))
-    print(f"{'arm':<36} {'steps, eta, lr':>22} {'reward':>8} {'s/update':>9} {'share of Dance seconds':>24}")
+    table = compare(results)
+    print(f"{'arm':<36} {'steps, eta, lr':>22} {'minus DanceGRPO':>28} {'s/update':>9} {'share of Dance seconds':>24}")
     for arm, row in table.items():
         share = "not reached" if row["median_share"] is None else f"{row['median_share']:.3f}"
-        numbers = f"{np.mean(row['final_reward']):8.3f} {np.mean(row['seconds_an_update']):9.3f} {share:>24}"
+        difference = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row["final_minus_dance"])
+        numbers = f"{difference:>28} {row['seconds_an_update']:9.3f} {share:>24}"
         print(f"{arm:<36} {' '.join(map(str, tuned[arm]['setting'])):>22} {numbers}")
     common.finish("alignment", o, {"tuned": tuned, "table": table, "curves": results}, draw)
 

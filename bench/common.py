@@ -5,8 +5,11 @@ from that file alone; its last line on stdout is the same JSON. `--smoke` runs i
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import importlib
 import io
 import json
@@ -77,22 +80,50 @@ def variant(run: loop.Run, o, flags: str) -> loop.Run:
     return dataclasses.replace(run, o=options)
 
 
-def train(o, folder: Path, flags: list[str], processes: int = 1, threads: int | None = None) -> list[dict]:
-    """A whole run in a process of its own, or several, kept under `folder` and not repeated with the same flags; returns its metric rows."""
+class Failed(Exception):
+    """A training run that stopped with an error, as one that diverges does."""
+
+
+@functools.cache
+def code() -> str:
+    """A hash of all top-level code, comments and docstrings apart, and of everything in tiny/: what a run's result depends on."""
+    found = hashlib.sha256()
+    for path in sorted(ROOT.glob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        found.update(ast.dump(tree).encode())
+    for path in sorted(
+        p for p in (ROOT / "tiny").rglob("*") if p.is_file() and p.suffix in (".safetensors", ".json", ".txt")
+    ):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def train(
+    o, folder: Path, flags: list[str], processes: int = 1, threads: int | None = None, model: bool = False
+) -> list[dict]:
+    """A whole run in a process of its own, or several; returns its metric rows.
+
+    Kept under `folder`, and not repeated with the same flags and the same code. Raises Failed if it stops with an error.
+    """
     where = ["--out", str(folder), "--save-every", "1000000"]
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [sys.executable, *many, str(ROOT / f"{script(o)}.py"), *flags, *o.flags.split(), *where]
-    done_before = folder / "command.json"  # written last: what is there, was run to its end
-    if o.smoke or not done_before.exists() or json.loads(done_before.read_text()) != command[1:]:
+    key, done_before = json.dumps({"command": command[1:], "code": code()}), folder / "command.json"
+    if o.smoke or not done_before.exists() or done_before.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": str(threads or o.threads)}, capture_output=True, text=True
         )
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+            raise Failed(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         for checkpoint in loop.checkpoints(folder):
             shutil.rmtree(checkpoint)
-        done_before.write_text(json.dumps(command[1:]))
+        if not model:
+            shutil.rmtree(folder / "model")
+        done_before.write_text(key)  # written last: what is there, was run to its end
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
