@@ -101,8 +101,8 @@ GPUS = {  # dense bf16 FLOP/s and bytes of memory, from NVIDIA's data sheets
     "rtx3090": (71e12, 24e9),
 }
 METHODS = {  # name -> flags, the paper's NFE old and new, its seconds (FLUX.1-dev, 16 GPUs; None where it gives none)
-    "sequential DanceGRPO": ("--method flowgrpo --sde dance", (20, 20), None),
-    "DanceGRPO, shared noise": ("--method dancegrpo", (20, 20), 698),
+    "sequential DanceGRPO": ("--method flowgrpo --sde dance", (20, 20), 698),
+    "DanceGRPO, shared noise": ("--method dancegrpo", (20, 20), None),
     "DanceGRPO, fraction 0.6": ("--method dancegrpo --timestep-fraction 0.6", (20, 12), 469),
     "Flow-GRPO": ("--method flowgrpo", None, None),
     "MixGRPO, window 5": ("--method mixgrpo --mix 5 --mix-every 1", (20, 5), 289),
@@ -129,7 +129,12 @@ def counted(o, iteration: int) -> dict[str, float]:
 
 
 def slide(o) -> range:
-    """The iterations in which a window that moves every iteration visits each of its places once; one without a window."""
+    """The iterations in which a window that moves every iteration visits each of its places once; one without a window.
+
+    Where --timestep-fraction draws the trained steps: eight draws.
+    """
+    if o.timestep_fraction < 1:
+        return range(8)
     places = []
     for i in range(o.steps):
         todo = plan(o, i)

@@ -193,7 +193,9 @@ def peak_gib(device: torch.device) -> float:
     """The most memory this process ever held, GiB: of the GPU, or without one its resident set (Linux, macOS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    if (status := Path("/proc/self/status")).exists():  # getrusage's starts at that of the process it was forked from
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tensor]) -> tuple[Tensor, list, list]:

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--flags", default="", help="of every run, as in --flags='--model FOLDER --reward hpsv2'")
     p.add_argument("--jobs", type=int, default=2, help="training runs at once, --threads each")
     p.add_argument("--threads", type=int, default=1, help="of torch, in this process and in each run")
+    p.add_argument("--name", help="of the JSON and the figure; default: the script's, as RESULTS.md shows it")
     return p
 
 
@@ -127,13 +129,38 @@ def train(
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def kept(o, name: str, key: str, compute):
+    """What `compute()` returns, kept under runs/bench/NAME, and not repeated with the same flags and the same code."""
+    path = (
+        ROOT
+        / ("runs/smoke" if o.smoke else "runs/bench")
+        / f"{name}{'_video' if o.video else ''}"
+        / f"{file_name(key)}.pt"
+    )
+    stamp = json.dumps({"code": code(), "script": Path(sys.argv[0]).read_text(), "flags": o.flags, "key": key})
+    if not o.smoke and path.exists():
+        was, value = torch.load(path, weights_only=False)
+        if was == stamp:
+            return value
+    value = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save((stamp, value), beside := path.with_suffix(".writing"))
+    os.replace(beside, path)
+    return value
+
+
+def file_name(text: str) -> str:
+    """A text with what no file name should hold replaced."""
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in text)
+
+
 def train_all(o, name: str, tasks: dict[str, str]) -> dict[str, list[dict]]:
     """Runs named by their cell, `o.jobs` at once, with a progress bar; those that are done are read, not repeated."""
     where = ROOT / ("runs/smoke" if o.smoke else "runs/bench") / f"{name}{'_video' if o.video else ''}"
     with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=len(tasks), desc=name, file=sys.stderr) as bar:
 
         def cell(task):
-            rows = train(o, where / "".join(c if c.isalnum() or c in "-._" else "_" for c in task[0]), task[1].split())
+            rows = train(o, where / file_name(task[0]), task[1].split())
             bar.update()
             return rows
 
@@ -168,7 +195,14 @@ def provenance(o) -> dict:
     libraries = (torch, diffusers, transformers, np)
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in libraries}
     arguments = {k: v for k, v in vars(o).items() if not isinstance(v, Path)}
-    return {"arguments": arguments, "versions": versions, "commit": commit.stdout.strip(), "machine": machine}
+    command = shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {
+        "command": command,
+        "arguments": arguments,
+        "versions": versions,
+        "commit": commit.stdout.strip(),
+        "machine": machine,
+    }
 
 
 def folder(o) -> Path:
@@ -180,7 +214,7 @@ def folder(o) -> Path:
 
 def finish(name: str, o, document: dict, draw) -> None:
     """Write the document and its figure; the last line on stdout is the document."""
-    name += "_video" if o.video else ""
+    name = o.name or name + ("_video" if o.video else "")
     path = folder(o) / f"{name}.json"
     path.write_text(json.dumps(provenance(o) | document, indent=1))
     document = json.loads(path.read_text())

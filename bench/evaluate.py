@@ -5,13 +5,15 @@ Hypothesis  Training with BranchGRPO raises the trained reward, and does not low
 Metric      Mean, paired difference and relative gain, each with Student's 95 % interval over prompt-noise pairs.
 Rule        A gain counts where its interval lies above 0.
 
-    python bench/evaluate.py --after runs/NAME/model        # the embedded default before and after; 1 minute on one core
+    python bench/evaluate.py --train "--iterations 200"     # the embedded default before and after; 4 minutes on one core
+    python bench/evaluate.py --after runs/NAME/model        # the same of a run that is there
     python bench/evaluate.py --before black-forest-labs/FLUX.1-dev --after-lora runs/NAME/model --size 400 \\
         --flags "--eval-prompts hpdv2_test.txt --prompts hpdv2_train.txt --height 720 --width 720 --steps 50 \\
         --reward hpsv2 --watch imagereward,pickscore --dtype bf16 --micro-batch 1"     # the paper's 400 prompts, on a GPU
 """
 
 import sys
+from pathlib import Path
 
 import common
 import matplotlib.pyplot as plt
@@ -55,6 +57,9 @@ def main() -> None:
     """Score, compare, print the table; JSON, figure, contact sheet."""
     parser = common.parser(__doc__)
     parser.add_argument("--before", help="folder or hub id; default: the embedded model")
+    parser.add_argument(
+        "--train", metavar="FLAGS", help="train --before with these flags, and compare with what comes out"
+    )
     parser.add_argument("--after", help="folder or hub id of a whole pipeline")
     parser.add_argument("--after-lora", help="folder of a LoRA for --before")
     parser.add_argument("--size", type=int, default=256, help="prompt-noise pairs")
@@ -64,6 +69,10 @@ def main() -> None:
     prompts, before, pictures = scores_of(o, "before", model, size)
     rows = {name: {"before": common.interval(values)} for name, values in before.items()}
     raw = {"before": before}
+    if o.train is not None:
+        o.after = str(common.ROOT / ("runs/smoke" if o.smoke else "runs/bench") / "evaluate")
+        common.train(o, Path(o.after), f"{model} {o.train}".split(), model=True)
+        o.after += "/model"
     if o.after or o.after_lora:
         model = f" --model {o.after}" if o.after else model
         _, raw["after"], later = scores_of(o, "after", model, size, o.after_lora)

@@ -3,11 +3,12 @@
 Question    How noisy is one iteration's gradient, and does it point where the raw reward rises?
 Hypothesis  A tree costs less an estimate but its leaves are correlated; noise between splits, which no advantage of Eq. 4 can tell
             apart, adds variance, so that noise at the splits alone gives more signal for a model evaluation.
-Metric      For a frozen policy, over many rollouts of one prompt each: relative noise tr Cov(g) / |E g|^2; the same times the cost
-            in units (a forward; a backward is 2): units to a signal-to-noise ratio of 1; the cosine of E g with the reference,
-            corrected for what noise remains in both. The reference is REINFORCE on the raw reward with a
-            leave-one-out baseline, under independent rollouts with the same noisy steps.
-Rule        Fewer units is better; a cosine well below 1 is a bias.
+Metric      For a frozen policy, over many trials, each a rollout of a prompt of its own: relative noise tr Cov(g) / |E g|^2; the
+            same times the cost in units (a forward; a backward is 2): units to a signal-to-noise ratio of 1; the cosine of E g with
+            the reference, from products of different trials alone, so that noise biases neither. The reference is REINFORCE on
+            the raw reward with a leave-one-out baseline, under independent rollouts with the same noisy steps, on other prompts.
+            Intervals of 95 % by a jackknife over eight blocks of trials.
+Rule        Fewer units is better; an interval of the cosine below 1 is a bias.
 
     python bench/gradient.py             # 25 minutes on one core
 """
@@ -19,6 +20,7 @@ import common
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 from branchgrpo import Sampler, gather, generators, rollout, update
@@ -26,9 +28,7 @@ from rewards import score, weighted_sum
 from sde import sigma_schedule
 from tree import count, depth_advantages, fuse, keep_chosen, make_forest
 
-STEPS, LEAVES, SPLITS = 10, 16, (0, 1, 3, 4)
-TREE, FLAT = {"branch": 2, "splits": SPLITS}, {"branch": 2, "splits": (), "roots": LEAVES}
-KEY = 2**31 + 2  # of the noises
+KEY, BLOCKS = 2**31 + 2, 8  # of the noises; of trials, for the jackknife
 
 
 def reinforce(out, forest, rewards):
@@ -53,30 +53,33 @@ def unfused(out, forest, rewards):
     return depth_advantages([rewards[:, :: forest.leaves // n].double() for n in forest.sizes])
 
 
-ARMS = {  # name -> forest, credit, loss weight, the reference it estimates
-    "independent, all steps noisy": (FLAT, group, "path", "all"),
-    "tree, all steps noisy": (TREE, branch, "path", "all"),
-    "  every edge the same weight (Eq. 5)": (TREE, branch, "edge", "all"),
-    "  group advantage": (TREE, group, "path", "all"),
-    "  no fusion": (TREE, unfused, "path", "all"),
-    "independent, splits noisy": (FLAT, group, "path", "splits"),
-    "tree, splits noisy": (TREE, branch, "path", "splits"),
-    "  every edge the same weight": (TREE, branch, "edge", "splits"),
-    "  group advantage ": (TREE, group, "path", "splits"),
+ARMS = {  # name -> is it a tree? credit, loss weight, the reference it estimates
+    "all steps noisy, independent": (False, group, "path", "all"),
+    "all steps noisy, tree": (True, branch, "path", "all"),
+    "all steps noisy, tree, every edge the same weight (Eq. 5)": (True, branch, "edge", "all"),
+    "all steps noisy, tree, group advantage": (True, group, "path", "all"),
+    "all steps noisy, tree, no fusion": (True, unfused, "path", "all"),
+    "splits noisy, independent": (False, group, "path", "splits"),
+    "splits noisy, tree": (True, branch, "path", "splits"),
+    "splits noisy, tree, every edge the same weight": (True, branch, "edge", "splits"),
+    "splits noisy, tree, group advantage": (True, group, "path", "splits"),
 }
 
 
-def gradients(run, shape: dict, credit, weight: str, noisy: str, trials: range, kind: str, eta: float, bar):
+def gradients(run, tree: bool, credit, weight: str, noisy: str, trials: range, bar):
     """One gradient (parameters,) for each trial, and its cost in units."""
-    forest = make_forest(STEPS, **shape, chosen=SPLITS if noisy == "splits" else None)
-    sampler = Sampler(sigma_schedule(STEPS, 3.0), kind, eta, 4.0 if forest.splits else float("inf"))
+    options = run.o
+    shape = {"splits": options.splits} if tree else {"splits": (), "roots": options.leaves}
+    forest = make_forest(options.steps, options.branch, **shape, chosen=options.splits if noisy == "splits" else None)
+    noise = options.branch_noise if tree else float("inf")
+    sampler = Sampler(sigma_schedule(options.steps, options.shift), options.sde, options.eta, noise)
     still = SimpleNamespace(zero_grad=lambda set_to_none: run.policy.transformer.zero_grad(), step=lambda: None)
-    o = SimpleNamespace(clip=1e9, kl=0.0, micro_batch=64, max_grad_norm=0.0)
+    o = SimpleNamespace(clip=1e9, kl=0.0, micro_batch=options.micro_batch, max_grad_norm=0.0)
     units = count(forest)["forwards"] + 3 * count(forest)["trained_parents"]
     for trial in trials:
-        prompt = run.prompts[trial % 64]
+        prompt = run.prompts[trial % len(run.prompts)]
         cond = run.policy.encode([prompt])
-        out = rollout(run.policy, cond, forest, sampler, generators(KEY, trial, range(1)), 64)
+        out = rollout(run.policy, cond, forest, sampler, generators(KEY, trial, range(1)), options.micro_batch)
         pictures = run.policy.decode(out.latents[-1].flatten(0, 1))
         rewards = weighted_sum(score(run.rewards, pictures, [prompt] * forest.leaves), run.weights)[None]
         keep = keep_chosen(forest, 1)
@@ -86,38 +89,67 @@ def gradients(run, shape: dict, credit, weight: str, noisy: str, trials: range, 
         yield torch.cat([p.grad.flatten() for p in run.policy.trainable()]).double(), units
 
 
-def moments(estimates) -> dict:
-    """Mean gradient, mean square length, and |E g|^2 without bias: the mean product of two different trials."""
-    total, square, n, units = 0.0, 0.0, 0, 0
-    for g, cost in estimates:
-        total, square, n, units = total + g, square + float(g @ g), n + 1, cost
-    signal = (float(total @ total) - square) / (n * (n - 1))
-    return {"mean": total / n, "square": square / n, "signal": signal, "n": n, "units": units}
+def sums(estimates, n: int) -> dict:
+    """Of each of BLOCKS blocks of n trials: the sum of its gradients (BLOCKS, parameters), of their square lengths, how many."""
+    blocks, squares, counts, units = None, torch.zeros(BLOCKS).double(), torch.zeros(BLOCKS).double(), 0
+    for trial, (g, cost) in enumerate(estimates):
+        blocks = torch.zeros(BLOCKS, len(g)).double() if blocks is None else blocks
+        b, units = trial * BLOCKS // n, cost
+        blocks[b] += g
+        squares[b] += g @ g
+        counts[b] += 1
+    return {"sums": blocks, "squares": squares, "counts": counts, "units": units}
+
+
+def products(m: dict, reference: dict) -> dict:
+    """All that `compared` needs of two `sums`: products of their blocks (BLOCKS, BLOCKS) instead of the blocks."""
+    both = {"own": m["sums"] @ m["sums"].T, "cross": m["sums"] @ reference["sums"].T}
+    return both | {k: m[k] for k in ("squares", "counts", "units")}
+
+
+def estimates(m: dict, reference: dict, left_out: int | None) -> np.ndarray:
+    """Relative noise and cosine, without one block of both; not a number where no signal rises above the noise.
+
+    |E g|^2 is the mean product of two different trials, which noise does not bias.
+    """
+    stay = [b for b in range(BLOCKS) if b != left_out]
+
+    def signal(x: dict) -> float:
+        n = x["counts"][stay].sum()
+        return float((x["own"][stay][:, stay].sum() - x["squares"][stay].sum()) / (n * (n - 1)))
+
+    n, n_reference = m["counts"][stay].sum(), reference["counts"][stay].sum()
+    mine, theirs = signal(m), signal(reference)
+    if mine <= 0 or theirs <= 0:
+        return np.array([np.nan, np.nan])
+    cross = float(m["cross"][stay][:, stay].sum() / (n * n_reference))
+    return np.array([float(m["squares"][stay].sum() / n) / mine - 1, cross / (mine * theirs) ** 0.5])
 
 
 def compared(m: dict, reference: dict) -> dict:
-    """Relative noise, its cost, and the cosine of the true means; None where no signal rises above the noise."""
-    if m["signal"] <= 0 or reference["signal"] <= 0:
+    """Relative noise, its cost, and the cosine of the true means, each with its interval; None where no signal was found."""
+    whole = estimates(m, reference, None)
+    parts = np.array([estimates(m, reference, b) for b in range(BLOCKS)])
+    if not np.isfinite(whole).all() or not np.isfinite(parts).all():
         return dict.fromkeys(("relative_noise", "units_to_signal", "cosine"))
-    noise = (m["square"] - m["signal"]) / m["signal"]
-    cosine = float(m["mean"] @ reference["mean"]) / (m["signal"] * reference["signal"]) ** 0.5
-    return {"relative_noise": noise, "units_to_signal": m["units"] * noise, "cosine": cosine}
+    half = stats.t.ppf(0.975, BLOCKS - 1) * ((BLOCKS - 1) * parts.var(0)) ** 0.5
+    noise, cosine = ([float(v), float(v - h), float(v + h)] for v, h in zip(whole, half))
+    return {"relative_noise": noise, "units_to_signal": [m["units"] * v for v in noise], "cosine": cosine}
 
 
 def draw(document: dict):
     """Units to a signal-to-noise ratio of 1, and the cosine with the reference."""
-    rows, figure = document["rows"], plt.figure(figsize=(11, 4))
-    (left, right), y = figure.subplots(1, 2, sharey=True), np.arange(len(document["rows"]))
-    colours = [common.COLOURS[r["noisy"] == "splits"] for r in rows.values()]
-    units = np.array([r["units_to_signal"] or np.nan for r in rows.values()])
-    left.barh(y, units, 0.6, color=colours)
+    rows = {name: r for name, r in document["rows"].items() if r["cosine"]}
+    figure = plt.figure(figsize=(11, 4))
+    (left, right), y = figure.subplots(1, 2, sharey=True), np.arange(len(rows))
+    for ax, key in ((left, "units_to_signal"), (right, "cosine")):
+        for at, row in enumerate(rows.values()):
+            mean, low, high = row[key]
+            colour = common.COLOURS[row["noisy"] == "splits"]
+            ax.errorbar(mean, at, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
     left.set_yticks(y, rows)
     left.invert_yaxis()
-    left.set(
-        xscale="log" if np.isfinite(units).any() else "linear",
-        xlabel="model evaluations (backward counts 2) until signal equals noise",
-    )
-    right.plot([r["cosine"] or np.nan for r in rows.values()], y, "ko")
+    left.set(xlabel="model evaluations (backward counts 2) until signal equals noise", xlim=(0, None))
     right.axvline(1, color="k", lw=0.8)
     right.set_xlabel("cosine of the mean gradient with the reference")
     return figure
@@ -127,29 +159,34 @@ def main() -> None:
     """Estimate, compare; table, JSON, figure."""
     parser = common.parser(__doc__)
     parser.add_argument("--trials", type=int, default=192, help="of every arm; the references take four times as many")
-    parser.add_argument("--sde", default="cps", help="kind of step")
-    parser.add_argument("--eta", type=float, default=0.7)
     o = parser.parse_args()
-    n = 2 if o.smoke else o.trials
-    run = common.prepare(o, "")
-    rows, references = {}, {}
+    n = BLOCKS if o.smoke else o.trials
+    run, rows, references = common.prepare(o, ""), {}, {}
     with tqdm(total=n * (len(ARMS) + 8), desc="gradients", file=sys.stderr) as bar:
-        for noisy in ("all", "splits"):
-            trials = range(10**6, 10**6 + 4 * n)
-            found = gradients(run, FLAT, reinforce, "path", noisy, trials, o.sde, o.eta, bar)
-            references[noisy] = moments(found)
-        print(f"{'':<40}{'units':>7}{'noise':>10}{'units to signal':>17}{'cosine':>9}")
-        for name, (shape, credit, weight, noisy) in ARMS.items():
-            m = moments(gradients(run, shape, credit, weight, noisy, range(n), o.sde, o.eta, bar))
-            row = {"noisy": noisy, "units": m["units"], "signal": m["signal"], "mean_square": m["square"], "n": m["n"]}
-            row |= compared(m, references[noisy])
-            rows[name] = row
-            numbers = f"{row['units']:7d}"
-            if row["cosine"] is not None:
-                numbers += f"{row['relative_noise']:10.2f}{row['units_to_signal']:17.0f}{row['cosine']:9.3f}"
-            print(f"{name:<40}{numbers}", flush=True)
-    sizes = {k: {"signal": r["signal"], "mean_square": r["square"], "n": r["n"]} for k, r in references.items()}
-    common.finish("gradient", o, {"rows": rows, "references": sizes}, draw)
+
+        def kept(name: str, trials: range, *arm, of=lambda m: m) -> dict:
+            """An arm's sums, or what `of` makes of them."""
+            return common.kept(
+                o,
+                "gradient",
+                f"{name}, {len(trials)}",
+                lambda: of(sums(gradients(run, *arm, trials, bar), len(trials))),
+            )
+
+        for noisy in ("all", "splits"):  # on prompts that no arm has
+            m = kept(f"reference {noisy}", range(n, 5 * n), False, reinforce, "path", noisy)
+            references[noisy] = m | products(m, m)
+        print(f"{'':<58}{'units':>7}{'noise':>10}{'units to signal':>17}{'cosine':>9}")
+        for name, arm in ARMS.items():
+            reference = references[arm[-1]]
+            m = kept(name, range(n), *arm, of=lambda m, reference=reference: products(m, reference))
+            rows[name] = {"noisy": arm[-1], "units": m["units"], "trials": n} | compared(m, reference)
+            numbers = f"{m['units']:7d}"
+            if row := rows[name]["cosine"]:
+                noise, units = rows[name]["relative_noise"][0], rows[name]["units_to_signal"][0]
+                numbers += f"{noise:10.2f}{units:17.0f}{row[0]:9.3f} [{row[1]:.3f}, {row[2]:.3f}]"
+            print(f"{name:<58}{numbers}", flush=True)
+    common.finish("gradient", o, {"rows": rows}, draw)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs every benchmark in turn at its documented size, or with --smoke in seconds; a finished one is not repeated.
 
-python bench/run.py                  # what `make bench` runs: 6.5 hours on 2 cores; stop it and start it again as you like
+python bench/run.py                  # what `make bench` runs: under 6 hours on 2 cores; stop it and start it again as you like
 python bench/run.py --smoke          # what `make bench-smoke` runs
 """
 
@@ -8,23 +8,24 @@ import argparse
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import common
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> hours on 2 cores
     "nfe": 0.02,
-    "timing": 0.35,
+    "timing": 0.4,
     "overhead": 0.2,
-    "gradient": 0.4,
-    "diversity": 0.4,
-    "scaling": 0.8,
-    "ablation": 1.6,
+    "evaluate --train '--iterations 200'": 0.1,
+    "gradient": 0.5,
+    "diversity": 0.2,
+    "scaling": 0.7,
+    "ablation": 1.2,
     "alignment": 1.5,
     "alignment --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4"
-    " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 1.2,
+    " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 0.9,
 }
 ONLY_LARGE = "alignment --video"  # no smoke of its own
 
@@ -36,20 +37,29 @@ def main() -> None:
     o = parser.parse_args()
     done = ROOT / "runs/bench"
     done.mkdir(parents=True, exist_ok=True)
-    names = [n for n in HOURS if not (o.smoke and n.startswith(ONLY_LARGE))]
+    names, failed = [n for n in HOURS if not (o.smoke and n.startswith(ONLY_LARGE))], []
     with tqdm(total=round(sum(HOURS[n] for n in names), 2), unit="h", desc="benchmarks", file=sys.stderr) as bar:
         for name in names:
             script, *flags = shlex.split(name)
-            marker = done / f"{name.partition(' --seeds')[0].replace(' ', '')}.done"
-            bar.set_postfix_str(name)
-            if o.smoke or not marker.exists():
-                command = [sys.executable, str(ROOT / f"bench/{script}.py"), *flags, *(["--smoke"] if o.smoke else [])]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL if o.smoke else None)
-            if not o.smoke:
-                marker.write_text(time.strftime("%Y-%m-%d %H:%M\n"))
+            key = script + ("_video" if "--video" in flags else "")
+            marker, stamp = (
+                done / f"{key}.done",
+                f"{name}\n{common.code()}\n{(ROOT / f'bench/{script}.py').read_text()}",
+            )
+            bar.set_postfix_str(key)
+            there = (ROOT / f"bench/results/{key}.json").exists() and marker.exists() and marker.read_text() == stamp
+            if o.smoke or not there:
+                flags = [*flags, "--smoke"] if o.smoke else flags
+                command = [sys.executable, str(ROOT / f"bench/{script}.py"), *flags]
+                if subprocess.run(command, stdout=subprocess.DEVNULL if o.smoke else None).returncode:
+                    failed.append(key)
+                elif not o.smoke:
+                    marker.write_text(stamp)
             bar.update(HOURS[name])
     if not o.smoke:
         subprocess.run([sys.executable, str(ROOT / "bench/results.py")], check=True)
+    if failed:
+        sys.exit(f"these failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

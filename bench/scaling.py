@@ -2,11 +2,13 @@
 
 Question    Final held-out reward and seconds an iteration for K = 2, 3, 4 with four splits, and for 3, 4, 5 splits with K = 2.
 Hypothesis  More leaves learn more an update; time grows with the forwards of the tree, far below DanceGRPO at equal leaves.
-Metric      Reward after the same updates and at the wall-clock at which the cheapest arm ends; policy seconds an iteration over
-            DanceGRPO's at equal leaves; reward = a + b log2(leaves), with the interval of b over seeds.
+Metric      Reward after the same updates, and after the same wall-clock: cheap arms take more updates, so that all are still
+            training when the time is up. Wall-clock is rollout, decoding, reward and training, measured alone. Policy seconds
+            (rollout and training) an iteration over DanceGRPO's at equal leaves; reward = a + b log2(leaves) for each seed,
+            with the interval of b over seeds.
 Rule        The law holds where the interval of b excludes 0.
 
-    python bench/scaling.py              # 45 minutes on 2 cores
+    python bench/scaling.py              # 50 minutes on 2 cores
 """
 
 import common
@@ -14,6 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import loop
+from schedules import plan
+from tree import count
 
 ARMS = {  # name -> branch, splits
     "K = 2, 3 splits": (2, "0,2,4"),
@@ -22,29 +26,35 @@ ARMS = {  # name -> branch, splits
     "K = 3, 4 splits": (3, "0,1,3,4"),
     "K = 4, 4 splits": (4, "0,1,3,4"),
 }
+UNITS = 17_000  # forwards + 3 trained parents of a prompt, that every arm may spend; the larger take a few updates more
 
 
-def reward_at(rows: list[dict], seconds: float) -> float:
-    """Held-out reward after so many policy seconds, linear between evaluations; the last one beyond them."""
-    clock, at = 0.0, []
-    for row in rows:
-        clock += common.policy_seconds(row) if "seconds_train" in row else 0
-        if "heldout_reward" in row:
-            at.append((clock, row["heldout_reward"]))
-    return float(np.interp(seconds, *zip(*at)))
+def updates_of(o, flags: str, at_least: int) -> int:
+    """How many updates an arm takes: those of all, or as many as its units allow."""
+    found = count(plan(common.job(o, flags)[0], 0).forest)
+    return max(at_least, round(UNITS / (found["forwards"] + 3 * found["trained_parents"])))
+
+
+def reward_at(rows: list[dict], iteration: float) -> float:
+    """Held-out reward after so many iterations: the mean of the last three evaluations, linear between evaluations."""
+    at = [(row["iteration"], row["heldout_reward"]) for row in rows if "heldout_reward" in row]
+    x, y = np.array(at).T
+    return float(np.interp(iteration, x, [y[max(0, i - 2) : i + 1].mean() for i in range(len(y))]))
 
 
 def draw(document: dict):
     """Reward against leaves, and seconds an iteration against DanceGRPO's."""
     rows, figure = list(document["rows"].values()), plt.figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
-    leaves = [r["leaves"] for r in rows]
-    for key, label, colour in (
-        ("reward", "equal updates", common.COLOURS[0]),
-        ("reward_at_time", "equal time", common.COLOURS[1]),
+    leaves = np.array([r["leaves"] for r in rows])
+    for key, label, colour, shift in (
+        ("reward", "equal updates", common.COLOURS[0], 0.98),
+        ("reward_at_time", "equal time", common.COLOURS[1], 1.02),
     ):
         means, low, high = np.array([common.interval(r[key]) for r in rows]).T
-        left.errorbar(leaves, means, [means - low, high - means], fmt="o", color=colour, capsize=3, label=label)
+        left.errorbar(shift * leaves, means, [means - low, high - means], fmt="o", color=colour, capsize=3, label=label)
+        slope, intercept = np.mean(document["laws"][key], 0)
+        left.plot(leaves, intercept + slope * np.log2(leaves), "--", color=colour, lw=1)
     left.set(xscale="log", xlabel="leaves", ylabel="held-out reward")
     left.legend()
     right.plot(leaves, [r["policy_seconds"] for r in rows], "o", color=common.COLOURS[0], label="BranchGRPO-Mix")
@@ -58,46 +68,52 @@ def main() -> None:
     """Run every arm and seed, time every arm alone; table, JSON, figure."""
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=40, help="updates of every arm")
+    parser.add_argument("--iterations", type=int, default=30, help="updates of every arm at least")
     o = parser.parse_args()
     seeds, iterations = (2, 2) if o.smoke else (o.seeds, o.iterations)
     arms = dict(list(ARMS.items())[:2]) if o.smoke else ARMS
     shared = " --lr 1e-4 --lr-end 1 --prompts-per-iteration 2"
-    run = f"{shared} --iterations {iterations} --eval-every {max(1, iterations // 8)}" + (
-        " --eval-size 8" if o.smoke else ""
-    )
+    run = f"{shared} --eval-every {max(1, iterations // 5)}" + (" --eval-size 8" if o.smoke else "")
     flags = {name: f"--method branchgrpo-mix --mix 0 --branch {k} --splits {s}" for name, (k, s) in arms.items()}
-    tasks = {f"{name} seed {s}": f"{f}{run} --seed {s}" for name, f in flags.items() for s in range(1, seeds + 1)}
+    many = {name: iterations if o.smoke else updates_of(o, f, iterations) for name, f in flags.items()}
+    tasks = {
+        f"{name} seed {s}": f"{f}{run} --iterations {many[name]} --seed {s}"
+        for s in range(1, seeds + 1)
+        for name, f in flags.items()
+    }
     done = common.train_all(o, "scaling", tasks)
     rows, first = {}, common.prepare(o, shared, lr=1e-12)
     for name, f in flags.items():
         alone = common.variant(first, o, f + shared)
         leaves = alone.o.leaves
         dance = common.variant(first, o, f"--method flowgrpo --sde dance --leaves {leaves}{shared}")
-        timed = {key: [loop.iterate(r, i)[0] for i in range(3)] for key, r in (("mix", alone), ("dance", dance))}
-        seconds = {k: float(np.median([common.policy_seconds(r) for r in v])) for k, v in timed.items()}
-        rows[name] = {"leaves": leaves, "policy_seconds": seconds["mix"], "dance_seconds": seconds["dance"]}
-    cheapest = min(r["policy_seconds"] for r in rows.values()) * iterations
+        timed = {key: [loop.iterate(r, i)[0] for i in range(4)][1:] for key, r in (("mix", alone), ("dance", dance))}
+        policy = {k: float(np.median([common.policy_seconds(r) for r in v])) for k, v in timed.items()}
+        whole = float(np.median([sum(v for k, v in r.items() if k.startswith("seconds_")) for r in timed["mix"]]))
+        rows[name] = {"leaves": leaves, "updates": many[name], "seconds": whole}
+        rows[name] |= {"policy_seconds": policy["mix"], "dance_seconds": policy["dance"]}
+    time = min(r["seconds"] * r["updates"] for r in rows.values())
     for name, row in rows.items():
         seeds_of = [done[f"{name} seed {s}"] for s in range(1, seeds + 1)]
-        row["reward"] = [common.final_reward(rs) for rs in seeds_of]
-        scale = row["policy_seconds"] / np.mean([common.policy_seconds(r) for rs in seeds_of for r in rs[1:]])
-        row["reward_at_time"] = [reward_at(rs, cheapest / scale) for rs in seeds_of]
+        row["updates_in_time"] = time / row["seconds"]
+        row["reward"] = [reward_at(rs, iterations) for rs in seeds_of]
+        row["reward_at_time"] = [reward_at(rs, row["updates_in_time"]) for rs in seeds_of]
     x = np.log2([r["leaves"] for r in rows.values()])
     laws = {
         k: [np.polyfit(x, [r[k][s] for r in rows.values()], 1).tolist() for s in range(seeds)]
         for k in ("reward", "reward_at_time")
     }
     slopes = {k: common.interval([b for b, _ in law]) for k, law in laws.items()}
-    print(f"{'':<18}{'leaves':>7}{'reward':>9}{'at time':>9}{'s/iter':>8}{'Dance s':>9}{'ratio':>7}")
+    print(f"{'':<18}{'leaves':>7}{'reward':>9}{'at time':>9}{'updates':>9}{'s/iter':>8}{'Dance s':>9}{'ratio':>7}")
     for name, r in rows.items():
-        numbers = (
-            f"{r['leaves']:7d}{np.mean(r['reward']):9.4f}{np.mean(r['reward_at_time']):9.4f}{r['policy_seconds']:8.2f}"
-        )
-        print(f"{name:<18}{numbers}{r['dance_seconds']:9.2f}{r['policy_seconds'] / r['dance_seconds']:7.3f}")
+        rewards = f"{np.mean(r['reward']):9.4f}{np.mean(r['reward_at_time']):9.4f}{r['updates_in_time']:9.0f}"
+        seconds = f"{r['policy_seconds']:8.2f}{r['dance_seconds']:9.2f}{r['policy_seconds'] / r['dance_seconds']:7.3f}"
+        print(f"{name:<18}{r['leaves']:7d}{rewards}{seconds}")
     for k, (b, low, high) in slopes.items():
         print(f"{k}: {b:+.4f} [{low:+.4f}, {high:+.4f}] for each doubling of the leaves")
-    common.finish("scaling", o, {"rows": rows, "laws": laws, "slopes": slopes}, draw)
+    common.finish(
+        "scaling", o, {"rows": rows, "laws": laws, "slopes": slopes, "updates": iterations, "seconds": time}, draw
+    )
 
 
 if __name__ == "__main__":

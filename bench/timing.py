@@ -4,8 +4,9 @@ Question    Seconds an iteration, split into rollout, decoding, reward and train
 Hypothesis  Model calls set the time: each ratio of policy seconds (rollout, training, optimiser) is at most 1.10 times what
             counting gives, (forwards + 3 trained parents) over the same of sequential DanceGRPO.
 Metric      Policy seconds of a method over sequential DanceGRPO's, both from the same round. Windows visit
-            every place in every round, and are averaged. Median over rounds with the interval of a bootstrap; a cost model is
-            fitted on half the rows.
+            every place in every round, and are averaged. Median over rounds with the interval of a bootstrap; a cost model of
+            all seconds (forwards, trained parents, pictures decoded and rewarded, a constant) is fitted on half the rows and
+            predicts the other half.
 Rule        The medians against 1.10 times counting. Beside them what hardware.py plans from a measured curve of seconds against
             batch size; its ratios should agree within 10 %.
 
@@ -31,7 +32,7 @@ LARGE = {  # 81 leaves
     "sequential DanceGRPO, 81": "--method flowgrpo --sde dance",
     "Mix, splits alone, flash 4, 81": "--method branchgrpo-mix --branch 3 --mix 0 --flash 4",
 }
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # those that --micro-batch allows
 BASE, LARGE_BASE = "sequential DanceGRPO", "sequential DanceGRPO, 81"
 
 
@@ -51,8 +52,9 @@ def fit(rows: list[dict], names: tuple[str, ...]) -> np.ndarray:
 
 def cost_model(rows: dict[str, dict]) -> dict:
     """Seconds an iteration from counts: fitted on every second row, tested on the others; the same with the paper's seconds."""
-    ours = [r | {"seconds": r["policy_seconds"], "once": 1.0} for r in rows.values()]
-    names = ("forwards_total", "trained_parents_total", "once")
+    names = ("forwards_total", "trained_parents_total", "leaves_total", "once")
+    ours = {tuple(r[k] for k in names[:-1]): r for r in rows.values()}  # rows of equal counts are one
+    ours = [r | {"seconds": sum(r["seconds"].values()), "once": 1.0} for r in ours.values()]
     costs = fit(ours[::2], names)
     errors = [float(sum(c * r[k] for c, k in zip(costs, names)) / r["seconds"] - 1) for r in ours[1::2]]
     document = {"seconds_of": dict(zip(names, costs.tolist())), "relative_errors_on_the_other_half": errors}
@@ -61,9 +63,10 @@ def cost_model(rows: dict[str, dict]) -> dict:
 
 
 def batch_curves(run: loop.Run, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of a transformer call at each of BATCHES, without and with gradient and backward; medians."""
+    """Seconds of a transformer call at each batch size, without and with gradient and backward; medians."""
+    sizes = [b for b in BATCHES if b <= (run.o.micro_batch or BATCHES[-1])]
     cond, found = run.policy.encode(run.prompts[:1]), {"forward": [], "trained": []}
-    for b in BATCHES:
+    for b in sizes:
         c = repeat_cond(cond, b)
         x = torch.zeros(b, *run.policy.latent_shape, device=run.accelerator.device)
         sigma = torch.full((b,), 0.5, device=x.device)
@@ -77,12 +80,12 @@ def batch_curves(run: loop.Run, repetitions: int) -> dict[str, list[float]]:
             timed["trained"].append(lap())
         for name, values in timed.items():
             found[name].append(float(np.median(values)))
-    return found
+    return found | {"batch": sizes}
 
 
 def planned(options, prompts: int, curves: dict) -> float:
     """What hardware.py predicts from the curves: policy seconds an iteration, averaged over a window's slide."""
-    calls = [lambda b, name=name: float(np.interp(b, BATCHES, curves[name])) for name in ("forward", "trained")]
+    calls = [lambda b, name=name: float(np.interp(b, curves["batch"], curves[name])) for name in ("forward", "trained")]
     return float(np.mean([hardware.seconds(options, i, prompts, *calls) for i in hardware.slide(options)]))
 
 
@@ -122,12 +125,19 @@ def main() -> None:
         leaves = 81 if name in LARGE else 16
         runs[name] = common.variant(first, o, flags + shared + f" --leaves {leaves}")
         loop.iterate(runs[name], len(hardware.slide(runs[name].o)) // 2)  # warm
-    raw, curves = {name: [] for name in arms}, batch_curves(first, 2 if o.smoke else 9)
-    for _ in tqdm(range(rounds), desc="rounds", file=sys.stderr):
+    curves = batch_curves(first, 2 if o.smoke else 9)
+
+    def a_round() -> dict[str, dict]:
+        """Of each method the mean seconds of each part over the places of its window."""
+        found = {}
         for name in arms:
             places = range(1) if o.smoke else hardware.slide(runs[name].o)
             rows = [loop.iterate(runs[name], j)[0] for j in places]
-            raw[name].append({part: float(np.mean([r[f"seconds_{part}"] for r in rows])) for part in PARTS})
+            found[name] = {part: float(np.mean([r[f"seconds_{part}"] for r in rows])) for part in PARTS}
+        return found
+
+    seen = [common.kept(o, "timing", f"round {i} of {prompts}", a_round) for i in tqdm(range(rounds), file=sys.stderr)]
+    raw = {name: [found[name] for found in seen] for name in arms}
     rows = {}
     for name in arms:
         found = [nfe.counted(runs[name].o, i) for i in hardware.slide(runs[name].o)]
@@ -141,7 +151,8 @@ def main() -> None:
         row |= {"ratio_interval": bootstrap(ratios), "ratio_of_totals": float(np.median(totals))}
         row |= {"ratio_counted": (n["forwards"] + 3 * n["trained_parents"]) / (20 + 3 * 19)}
         row["ratio_planned"] = planned(runs[name].o, prompts, curves) / planned(runs[base].o, prompts, curves)
-        rows[name] = row | {f"{k}_total": v * leaves for k, v in n.items()} | {"raw": raw[name]}
+        rows[name] = row | {f"{k}_total": v * leaves for k, v in n.items()}
+        rows[name] |= {"leaves_total": leaves, "raw": raw[name]}
     print(
         f"{'':<32}{'policy s':>9}{'total s':>9}{'ratio':>8}  {'interval':<16}{'counted':>8}{'planned':>9}{'of totals':>10}"
     )
@@ -152,13 +163,7 @@ def main() -> None:
         )
         print(f"{name:<32}{numbers}{r['ratio_counted']:8.3f}{r['ratio_planned']:9.3f}{r['ratio_of_totals']:10.3f}")
     paper = {name: s for name, (_, _, s) in hardware.METHODS.items() if s}
-    document = {
-        "rows": rows,
-        "paper_seconds": paper,
-        "cost_model": cost_model(rows),
-        "batches": BATCHES,
-        "curves": curves,
-    }
+    document = {"rows": rows, "paper_seconds": paper, "cost_model": cost_model(rows), "curves": curves}
     common.finish("timing", o, document, draw)
 
 
