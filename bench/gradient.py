@@ -90,11 +90,12 @@ def gradients(run, tree: bool, credit, weight: str, noisy: str, trials: range, b
 
 
 def sums(estimates, n: int) -> dict:
-    """Of each of BLOCKS blocks of n trials: the sum of its gradients (BLOCKS, parameters), of their square lengths, how many."""
-    blocks, squares, counts, units = None, torch.zeros(BLOCKS).double(), torch.zeros(BLOCKS).double(), 0
+    """Of each of B blocks of n trials: the sum of its gradients (B, parameters), of their square lengths, how many."""
+    size = min(BLOCKS, n)
+    blocks, squares, counts, units = None, torch.zeros(size).double(), torch.zeros(size).double(), 0
     for trial, (g, cost) in enumerate(estimates):
-        blocks = torch.zeros(BLOCKS, len(g)).double() if blocks is None else blocks
-        b, units = trial * BLOCKS // n, cost
+        blocks = torch.zeros(size, len(g)).double() if blocks is None else blocks
+        b, units = trial * size // n, cost
         blocks[b] += g
         squares[b] += g @ g
         counts[b] += 1
@@ -102,7 +103,7 @@ def sums(estimates, n: int) -> dict:
 
 
 def products(m: dict, reference: dict) -> dict:
-    """All that `compared` needs of two `sums`: products of their blocks (BLOCKS, BLOCKS) instead of the blocks."""
+    """All that `compared` needs of two `sums`: products of their blocks (B, B) instead of the blocks."""
     both = {"own": m["sums"] @ m["sums"].T, "cross": m["sums"] @ reference["sums"].T}
     return both | {k: m[k] for k in ("squares", "counts", "units")}
 
@@ -112,7 +113,7 @@ def estimates(m: dict, reference: dict, left_out: int | None) -> np.ndarray:
 
     |E g|^2 is the mean product of two different trials, which noise does not bias.
     """
-    stay = [b for b in range(BLOCKS) if b != left_out]
+    stay = [b for b in range(len(m["counts"])) if b != left_out]
 
     def signal(x: dict) -> float:
         n = x["counts"][stay].sum()
@@ -128,11 +129,11 @@ def estimates(m: dict, reference: dict, left_out: int | None) -> np.ndarray:
 
 def compared(m: dict, reference: dict) -> dict:
     """Relative noise, its cost, and the cosine of the true means, each with its interval; None where no signal was found."""
-    whole = estimates(m, reference, None)
-    parts = np.array([estimates(m, reference, b) for b in range(BLOCKS)])
+    whole, blocks = estimates(m, reference, None), len(m["counts"])
+    parts = np.array([estimates(m, reference, b) for b in range(blocks)])
     if not np.isfinite(whole).all() or not np.isfinite(parts).all():
         return dict.fromkeys(("relative_noise", "units_to_signal", "cosine"))
-    half = stats.t.ppf(0.975, BLOCKS - 1) * ((BLOCKS - 1) * parts.var(0)) ** 0.5
+    half = stats.t.ppf(0.975, blocks - 1) * ((blocks - 1) * parts.var(0)) ** 0.5
     noise, cosine = ([float(v), float(v - h), float(v + h)] for v, h in zip(whole, half))
     return {"relative_noise": noise, "units_to_signal": [m["units"] * v for v in noise], "cosine": cosine}
 
@@ -160,7 +161,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--trials", type=int, default=192, help="of every arm; the references take four times as many")
     o = parser.parse_args()
-    n = BLOCKS if o.smoke else o.trials
+    n = 3 if o.smoke else o.trials
     run, rows, references = common.prepare(o, ""), {}, {}
     with tqdm(total=n * (len(ARMS) + 8), desc="gradients", file=sys.stderr) as bar:
 
