@@ -90,7 +90,7 @@ def parser(description: str, model: str, height: int, width: int, reward: str, g
     add_memory_flags(p.add_argument_group("memory").add_argument)
     g = p.add_argument_group("plan").add_argument
     g("--plan", metavar="ARCHITECTURE", help="of flux1-dev or wan2.1-1.3b: only say what it costs; default: train")
-    g("--gpu", default="h100", help="of the plan: h100, h200, a100, l40s, rtx4090, rtx3090")
+    g("--gpu", default="h100", help="of the plan: h100, h200, a100-80gb, l40s, rtx4090, rtx3090")
     g("--gpus", type=COUNT, default=1, help="of the plan")
     g("--utilisation", type=number(float, 0, 1, above=True), default=0.4, help="of the plan: share of the peak rate")
     g = p.add_argument_group("run").add_argument
@@ -107,7 +107,7 @@ def parser(description: str, model: str, height: int, width: int, reward: str, g
 
 
 def add_memory_flags(g) -> None:
-    """What a model needs to fit; none but --dtype and --vae-tiling changes the result."""
+    """What a model needs to fit; none but --dtype, --nf4, --vae-tiling and in bf16 --fsdp changes the result."""
     g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
     g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
     g("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")

@@ -92,10 +92,10 @@ ARCHITECTURES = {
         shape={"height": 480, "width": 832, "frames": 33, "steps": 20, "guidance": 5.0},
     ),
 }
-GPUS = {  # dense bf16 FLOP/s and bytes of memory, from NVIDIA's data sheets
+GPUS = {  # dense bf16 FLOP/s and bytes of memory, from NVIDIA's data sheets; a driver may show up to 7 % more
     "h100": (989e12, 80e9),
     "h200": (989e12, 141e9),
-    "a100": (312e12, 80e9),
+    "a100-80gb": (312e12, 80e9),
     "l40s": (362e12, 48e9),
     "rtx4090": (165e12, 24e9),
     "rtx3090": (71e12, 24e9),

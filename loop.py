@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -279,22 +279,23 @@ def find_out(o) -> str:
     return out
 
 
-def keep_options(o) -> None:
-    """Write options.json, or on resume compare with it.
+def options_to_keep(o, prompts: list[str], heldout: list[str]) -> str:
+    """What options.json holds: every option that shapes a run, and a hash of its prompts. On resume it is compared.
+
+    --iterations may then be that of the last checkpoint: nothing is left to train, and the model is written.
 
     Raises:
-        ValueError: if an option that shapes the run differs from the run to continue.
+        ValueError: if an option or the prompts differ from those of the run to continue.
     """
-    path, now = Path(o.out) / "options.json", {k: v for k, v in vars(o).items() if k not in MAY_CHANGE}
+    digest = hashlib.sha256("\n".join([*prompts, "", *heldout]).encode()).hexdigest()
+    now = {k: v for k, v in vars(o).items() if k not in MAY_CHANGE} | {"sha256-of-prompts": digest}
     now = json.loads(json.dumps(now))  # tuples become lists, as on disk
-    if o.resume is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=1))
-        return
-    for name, was in json.loads(path.read_text()).items():
-        if now[name] != was:
+    done = [int(path.name.split("-")[1]) for path in checkpoints(Path(o.out))]
+    for name, was in json.loads((Path(o.out) / "options.json").read_text()).items() if o.resume is not None else ():
+        if now[name] != was and (name, now[name]) != ("iterations", max(done, default=None)):
             flag = name.replace("_", "-")
             raise ValueError(f"--resume: the run has --{flag} {was}, not {now[name]}; give the same flags")
+    return json.dumps(now, indent=1)
 
 
 def start(script: str, job, argv: list[str] | None, finish) -> None:
@@ -324,17 +325,25 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
         if asked and not torch.cuda.is_available():
             raise ValueError(f"{flag}: no GPU was found")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # others wait while one writes a large checkpoint
-    accelerator = Accelerator(cpu=o.device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
+    handlers = [patience, DistributedDataParallelKwargs(broadcast_buffers=False)]  # buffers are constants
+    cpu = o.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)  # --dtype alone decides
     main_process = accelerator.is_main_process
     o.out = broadcast_object_list([find_out(o) if main_process else None])[0]
     if main_process:
+        options = options_to_keep(o, prompts, heldout)
         print(describe(o, prompts, heldout), flush=True)
     run = prepare(o, accelerator, load_policy, shape, prompts, heldout)
-    if main_process:
-        keep_options(o)
+    if main_process and o.resume is None:
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / ".options").write_text(options)
+        os.replace(run.out / ".options", run.out / "options.json")
     accelerator.wait_for_everyone()
-    if o.resume is not None and checkpoints(run.out):
-        load_checkpoint(run, checkpoints(run.out)[-1])
+    if not all(gather_object([(run.out / "options.json").exists()])):
+        raise ValueError(f"--out {run.out} must be a folder that all processes share")
+    last = broadcast_object_list([["", *map(str, checkpoints(run.out))][-1]])[0]  # as the main process sees it
+    if o.resume is not None and last:
+        load_checkpoint(run, Path(last))
     train(run)
     if run.ema:
         run.ema.copy_to(run.policy.trainable())
@@ -369,7 +378,7 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
     memory |= {"compiled": o.compile, "text_offload": o.text_offload, "text_cache": o.text_cache}
     policy = load_policy(dtype=dtypes[o.dtype], device=accelerator.device, **trained, **memory)
     if o.text_offload:
-        policy.remember([*own_prompts(o, accelerator, prompts), *heldout[: o.eval_size]])
+        policy.remember([*own_prompts(o, accelerator, prompts), *heldout[: o.eval_size + accelerator.num_processes]])
     run = Run(o, accelerator, policy, prompts, heldout, rewards, weights)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=o.lr, weight_decay=o.weight_decay)
     run.ema = EMAModel(policy.trainable(), decay=o.ema) if o.ema else None

@@ -17,16 +17,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-TRAINED = StateDictOptions(ignore_frozen_params=True)
-
 
 def shard(transformer: nn.Module, device: torch.device, bf16: bool) -> None:
     """Split every weight over all processes, in place; the pieces lie on the device, wherever the model was.
+
+    Those that are trained become float32, a block at a time: no process ever holds the whole model in float32.
 
     Args:
         transformer: a diffusers model; its repeated blocks are gathered one at a time.
@@ -36,8 +36,10 @@ def shard(transformer: nn.Module, device: torch.device, bf16: bool) -> None:
     precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
     for module in (*blocks, transformer):
+        for weight in module.parameters():
+            if weight.requires_grad and weight.dtype != torch.float32:
+                weight.data = weight.data.float()
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    transformer.to(device)  # buffers
 
 
 def on_main(x: Tensor, main_process: bool, dtype: torch.dtype) -> Tensor:
@@ -71,10 +73,9 @@ def unshard(transformer: nn.Module, main_process: bool, dtype: torch.dtype) -> n
 
 def state(run) -> dict:
     """Trained weights, optimiser and EMA of a Run by name: what torch.distributed.checkpoint saves, and loads in place."""
-    model, optimizer = get_state_dict(run.policy.transformer, run.optimizer.optimizer, options=TRAINED)
-    names = [name for name, p in run.policy.pipe.transformer.named_parameters() if p.requires_grad]
-    model = {name: model[name] for name in names}  # in the order of EMA's; 4-bit layers add constants of their own
-    found = {"model": model, "optimizer": optimizer}
+    transformer = run.policy.pipe.transformer
+    model = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
+    found = {"model": model, "optimizer": get_optimizer_state_dict(transformer, run.optimizer.optimizer)}
     if run.ema:
         found["ema"] = dict(zip(model, run.ema.shadow_params)) | {"step": run.ema.optimization_step}
     return found
@@ -97,8 +98,6 @@ def load(run, folder: Path) -> None:
     """Restore what `save` wrote, on any number of processes."""
     found = state(run)
     dcp.load(found, checkpoint_id=folder)
-    states = {"model_state_dict": found["model"], "optim_state_dict": found["optimizer"]}
-    options = StateDictOptions(strict=False)  # frozen weights are not there
-    set_state_dict(run.policy.transformer, run.optimizer.optimizer, **states, options=options)
+    set_optimizer_state_dict(run.policy.pipe.transformer, run.optimizer.optimizer, found["optimizer"])
     if run.ema:
         run.ema.optimization_step = found["ema"]["step"]

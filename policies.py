@@ -132,7 +132,7 @@ class Policy:
                 self.transformer.add_adapter(config)
         else:
             self.transformer.requires_grad_(True)
-        for weight in self.trainable():
+        for weight in () if sharded else self.trainable():
             weight.data = weight.data.float()  # fp32 master weights, whatever the checkpoint's dtype
         if compiled:  # by the names of its blocks, which FSDP2 changes
             pipe.transformer.compile_repeated_blocks(dynamic=True)

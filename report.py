@@ -34,7 +34,8 @@ TREE_KEY = 2**31 + 1  # noise of the drawn tree
 
 
 def write(run) -> None:
-    """Write the three pictures into the run's folder, and the model into OUT/model."""
+    """Write the model into OUT/model, and the three pictures into the run's folder."""
+    run.policy.save(run.out / "model")
     before = load_file(run.out / "before.safetensors")["pictures"]
     prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
     columns = 6 if before.ndim == 4 else 2
@@ -43,7 +44,6 @@ def write(run) -> None:
         play(before, run.pictures, prompts, run.out / "before_after")
     curves(run.history, run.out / "curves.png")
     tree(run, run.out / "tree.png")
-    run.policy.save(run.out / "model")
 
 
 def to_image(picture: Tensor) -> np.ndarray:
@@ -141,10 +141,9 @@ def tree(run, path: Path) -> None:
     forest, sampler = todo.forest, run.sampler(todo.sigmas)
     noise = generators(TREE_KEY, 0, range(1))
     out = rollout(policy, policy.encode([prompt]), forest, sampler, noise, o.micro_batch, keep_x0hat=True)
-    levels = [x[0] for x in [*out.x0hat, out.latents[-1]]]  # (n_d, *latent) each
-    pictures = policy.decode(torch.cat(levels)).split(forest.sizes)
-    scores = R.score(run.rewards, pictures[-1], [prompt] * forest.leaves)
-    pictures = [loop.strip(level) for level in pictures]
+    leaves = policy.decode(out.latents[-1][0])
+    scores = R.score(run.rewards, leaves, [prompt] * forest.leaves)
+    pictures = [*(loop.strip(policy.decode(x[0])) for x in out.x0hat), loop.strip(leaves)]  # videos are large
     rewards, fused, advantages = loop.credit_leaves(run, out, forest, scores)
     keep = prune(forest, fused, o.width_prune, todo.depth)
     draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)

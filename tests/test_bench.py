@@ -1,6 +1,7 @@
 """The benchmarks: each runs in seconds with --smoke and leaves what it promises; RESULTS.md is what the JSON says."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ import gradient  # noqa: E402
 import results  # noqa: E402
 import timing  # noqa: E402
 
+import train_image  # noqa: E402
+import train_video  # noqa: E402
+
 
 @pytest.mark.parametrize("name", ["nfe", "timing", "evaluate", "diversity", "gradient", "overhead"])
 def test_smoke(name):
@@ -34,6 +38,32 @@ def test_smoke(name):
 
 def test_results_are_what_the_json_says():
     assert (HERE / "RESULTS.md").read_text() == results.document()
+
+
+def test_the_commands_for_gpus_parse():
+    """RESULTS.md's script: every flag is known and goes with the others."""
+    script = results.on_gpus().partition("```sh\n")[2].partition("```")[0]
+    names = {
+        "hpdv2_train.txt": "prompts_train.txt",
+        "hpdv2_test.txt": "prompts_heldout.txt",
+        "PROMPTS": "video_train.txt",
+    }
+    text, files = script, {name: str(HERE / "tiny" / ours) for name, ours in names.items()}
+    places = dict(line.split("=", 1) for line in text.splitlines()[:3])
+    seen = 0
+    for line in text.splitlines()[3:]:
+        for name, flags in places.items():
+            line = line.replace(f"${name}", flags.strip('"'))
+        _, program, *argv = shlex.split(line)
+        if program.startswith("bench/"):
+            assert (HERE / program).exists() and argv[-2] == "--name" and argv[-1] in results.GPU
+            argv = shlex.split(argv[argv.index("--flags") + 1]) + ["--video"] * ("--video" in argv)
+        video = "--video" in argv
+        script = {True: train_video, False: train_image}[video]
+        argv = [a for a in argv if a != "--video"]
+        assert script.job([files.get(a, a) for a in argv])
+        seen += 1
+    assert seen == 2 * 8 - 1 + 3
 
 
 def test_every_docstring_asks_answers_and_decides():

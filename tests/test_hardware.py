@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, WanTransformer3DModel
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -233,6 +234,30 @@ def test_a_config_trains_the_embedded_model(name, tmp_path):
     done = run_config(name, *flags, "--out", tmp_path / "run", GPUS="2", PROMPTS="tiny/prompts_train.txt")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["iterations"] == 1
+
+
+def test_a_day_with_a_gpu(tmp_path):
+    """README's commands from the plan to the last export, in their order, with the embedded model in place of the large one."""
+    lines = [line.partition("  #")[0].split() for line in (HERE / "README.md").read_text().splitlines()]
+    days = [words[2:] for words in lines if words[:2] == ["sh", "configs/flux_lora_24gb.sh"]]
+    assert len(days) == 5 and days[-1][-2:] == ["--iterations", "40"]
+    small = (TINY + IMAGE).format(tmp_path).replace("--iterations 1 ", "").split()
+    lengths = {1: "1", 2: "4", 3: "4", 4: "2"}  # trained for 4, and then the checkpoint of 2 is exported
+    for day, words in enumerate(days):
+        argv = [w.replace("runs/day", str(tmp_path / "day")) for w in words] + (
+            ["--out", str(tmp_path / "try")] if day == 1 else []
+        )
+        if day:
+            argv += [*small, "--save-every", "2", "--keep", "9", "--iterations", lengths[day]]
+        if day == 4:
+            shutil.rmtree(tmp_path / "day/checkpoint-4")
+        done = run_config("flux_lora_24gb.sh", *argv)
+        assert done.returncode == 0, done.stderr[-2000:]
+        if day:
+            assert json.loads(done.stdout.splitlines()[-1])["iterations"] == int(lengths[day])
+    pipe = FluxPipeline.from_pretrained(HERE / "tiny/flux")
+    pipe.load_lora_weights(tmp_path / "day/model")
+    assert pipe.get_active_adapters()
 
 
 BAD = [

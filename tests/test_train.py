@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from workers import gradients, prepared
 
 import loop
 import train_image
@@ -189,13 +191,57 @@ def test_ratio_on_the_full_tree(capsys, tmp_path, dtype, limit):
 METHODS = "branchgrpo branchgrpo-mix dancegrpo flowgrpo mixgrpo flowgrpo-fast tempflow"
 
 
-def test_memory_flags_leave_the_result_unchanged(finished, capsys, tmp_path):
-    flags = "--gradient-checkpointing --text-offload --tree-offload --micro-batch 3"
-    run(capsys, *flags.split(), "--out", tmp_path / "a")
-    for ours, plain in zip(rows(tmp_path / "a"), rows(finished[0]), strict=True):
-        for name in ("loss", "grad_norm", "heldout_reward", "reward_mean"):
-            if name in plain:
-                assert ours[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5), name
+def velocities_and_gradients(flags: str, folder: Path) -> list[torch.Tensor]:
+    """Of the same latents, and of one iteration."""
+    one = prepared(f"--method branchgrpo --kl 0.1 --reward colour --watch jpeg {flags}", str(folder))
+    x = torch.randn(4, *one.policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    v = one.policy.velocity(x, torch.tensor([1.0, 0.8, 0.4, 0.1]), one.policy.encode(one.prompts[:4])).detach()
+    return [v, torch.cat([g.flatten() for g in gradients(one).values()])]
+
+
+@pytest.fixture(scope="module")
+def plainly(tmp_path_factory):
+    return velocities_and_gradients("", tmp_path_factory.mktemp("plain"))
+
+
+MEMORY = "--micro-batch 3,--micro-batch 0,--gradient-checkpointing,--tree-offload,--text-offload,--text-cache TEXT,--reward-offload"
+
+
+@pytest.mark.parametrize("flags", [*MEMORY.split(","), pytest.param("--compile", marks=pytest.mark.slow)])
+def test_memory_flags_leave_velocities_and_gradients_unchanged(plainly, tmp_path, flags):
+    found = velocities_and_gradients(flags.replace("TEXT", str(tmp_path / "text")), tmp_path)
+    for ours, plain in zip(found, plainly):
+        assert plain.norm() > 0 and (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_a_checkpoint_becomes_a_model(finished, capsys, tmp_path):
+    """--resume --iterations N of the last checkpoint only exports; any other length is refused."""
+    shutil.copytree(finished[0], tmp_path / "a")
+    shutil.rmtree(tmp_path / "a/checkpoint-4")
+    shutil.rmtree(tmp_path / "a/model")
+    with pytest.raises(SystemExit):
+        run(capsys, "--out", tmp_path / "a", "--resume", "--iterations", 3)
+    document = run(capsys, "--out", tmp_path / "a", "--resume", "--iterations", 2)
+    assert document["iterations"] == 2 and FluxPolicy.load(str(tmp_path / "a/model"), 32, 64)
+
+
+def test_other_prompts_are_refused_on_resume(finished, capsys, tmp_path):
+    """The file of prompts may keep its name and change what it holds."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('red "CAT"\nblue "DOG"\ngreen "SUN"\n')
+    flags = ["--prompts", prompts, "--out", tmp_path / "a", "--iterations", 1]
+    run(capsys, *flags)
+    prompts.write_text('red "CAT"\nblue "DOG"\ngreen "SKY"\n')
+    with pytest.raises(SystemExit):
+        run(capsys, *flags, "--resume")
+    assert "sha256-of-prompts" in capsys.readouterr().err
+
+
+def test_the_launcher_does_not_decide_the_dtype(finished, capsys, tmp_path, monkeypatch):
+    """`accelerate launch` hands its settings over in the environment; --dtype alone counts."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run(capsys, "--out", tmp_path / "a")
+    assert rows(tmp_path / "a") == rows(finished[0])
 
 
 def test_tiling_decodes_a_wide_picture_in_parts():
