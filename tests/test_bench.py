@@ -14,6 +14,7 @@ from scipy import stats
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE / "bench"))
 
+import alignment  # noqa: E402
 import common  # noqa: E402
 import diversity  # noqa: E402
 import gradient  # noqa: E402
@@ -126,6 +127,38 @@ def test_gradient_moments_are_without_bias():
             inside.append((key, low < wanted < high))
     for key in ("relative_noise", "cosine"):
         assert np.mean([i for k, i in inside if k == key]) > 0.8
+
+
+def test_seconds_to_a_mark_by_hand():
+    """The mean of the last three evaluations, linear between them; DanceGRPO against itself needs all it needs."""
+    c = {
+        "iteration": [0, 1, 2, 3],
+        "seconds": [0.0, 10.0, 20.0, 30.0],
+        "nfe": [0, 1, 2, 3],
+        "reward": [0.0, 3.0, 3.0, 3.0],
+    }
+    assert alignment.trailing(c["reward"]) == [0, 1.5, 2, 3]
+    assert (
+        alignment.seconds_to(c, 1.75) == 15 and alignment.seconds_to(c, 2) == 20 and alignment.seconds_to(c, 9) is None
+    )
+    faster = c | {"seconds": [0.0, 2.0, 4.0, 6.0], "ocr": c["reward"]}
+    slower = c | {"reward": [0.0, 1.0, 1.0, 1.0], "ocr": c["reward"]}
+    table = alignment.compare(
+        {"DanceGRPO": [c | {"ocr": c["reward"]}] * 2, "faster": [faster] * 2, "slower": [slower, faster]}
+    )
+    assert table["DanceGRPO"]["share_of_dance_seconds"] == [1, 1] and table["faster"]["median_share"] == 0.2
+    assert table["slower"]["share_of_dance_seconds"] == [None, 0.2] and table["slower"]["median_share"] is None
+    assert table["slower"]["final_minus_dance"][0] == -1 and table["faster"]["seconds_an_update"] == 2
+    assert table["faster"]["area"][0] == 2.5
+
+
+def test_halving_ends_with_one():
+    for cells in (1, 2, 9, 18, 24):
+        plan = alignment.rungs(cells, 60)
+        assert (
+            plan[0][0] == cells and [n for n, *_ in plan[1:]] == [keep for *_, keep in plan[:-1]] and plan[-1][2] == 1
+        )
+        assert [length for _, length, _ in plan] == [12, 24, 60]
 
 
 def test_leave_one_out_is_the_others_mean():
