@@ -4,7 +4,8 @@ Question    How much time do tree, noise, credit and loss add to the transformer
             prompts cost in seconds and memory?
 Hypothesis  Rollout at most 1.10 times the bare calls at the same batch shapes, training at most 1.15 times bare forward and
             backward (optimiser step included on our side only), an iteration at least 8 times faster than one node at a time.
-            Two processes on two cores score at least 1.7 times as many leaves a second as one on one. Seconds grow with the forwards and trained parents that are counted; memory hardly grows, in micro-batches.
+            Two processes on two cores score at least 1.7 times as many leaves a second as one on one. Seconds grow with the
+            forwards and trained parents that are counted; memory hardly grows, in micro-batches.
 Metric      Ratios of seconds, measured in turn in one process, median and range over repetitions. Growth: median policy seconds
             (rollout and training) of three iterations and the peak memory of a process of its own for each size.
 Rule        The medians against the three bounds.
@@ -189,6 +190,7 @@ def main() -> None:
     parser.set_defaults(threads=2, jobs=1)
     parser.add_argument("--repetitions", type=int, default=5)
     o = parser.parse_args()
+    o.threads = 1 if o.smoke else o.threads  # two beside another busy process wait for each other
     found = ratios(o, 1 if o.smoke else o.repetitions)
     for (name, values), bound in zip(found.items(), BOUNDS.values()):
         print(f"{name:<42} {np.median(values):6.2f}  [{min(values):.2f}, {max(values):.2f}]   {bound}")
