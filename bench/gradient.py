@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=192, help="of every arm; the references take four times as many")
     o = parser.parse_args()
     n = 3 if o.smoke else o.trials
-    run, rows, references = common.prepare(o, ""), {}, {}
+    run, rows, references = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}
     with tqdm(total=n * (len(ARMS) + 8), desc="gradients", file=sys.stderr) as bar:
 
         def kept(name: str, trials: range, *arm, of=lambda m: m) -> dict:

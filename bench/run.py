@@ -25,7 +25,7 @@ HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> h
     "ablation": 1.2,
     "alignment": 1.5,
     "alignment --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4"
-    " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 0.9,
+    " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 1.1,
 }
 ONLY_LARGE = "alignment --video"  # no smoke of its own
 

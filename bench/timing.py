@@ -118,11 +118,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="an iteration")
     o = parser.parse_args()
     rounds, prompts = (1, 1) if o.smoke else (o.rounds, o.prompts)
+    few, many = (8, 9) if o.smoke else (16, 81)
     arms = {name: flags for name, (flags, _, _) in hardware.METHODS.items()} | LARGE
     shared = f" --steps 20 --prompts-per-iteration {prompts} --iterations 300 --eval-size 1"
     runs, first = {}, common.prepare(o, shared, lr=1e-12)
     for name, flags in arms.items():
-        leaves = 81 if name in LARGE else 16
+        leaves = many if name in LARGE else few
         runs[name] = common.variant(first, o, flags + shared + f" --leaves {leaves}")
         loop.iterate(runs[name], len(hardware.slide(runs[name].o)) // 2)  # warm
     curves = batch_curves(first, 2 if o.smoke else 9)
