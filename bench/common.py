@@ -131,12 +131,7 @@ def train(
 
 def kept(o, name: str, key: str, compute):
     """What `compute()` returns, kept under runs/bench/NAME, and not repeated with the same flags and the same code."""
-    path = (
-        ROOT
-        / ("runs/smoke" if o.smoke else "runs/bench")
-        / f"{name}{'_video' if o.video else ''}"
-        / f"{file_name(key)}.pt"
-    )
+    path = runs(o) / f"{name}{'_video' if o.video else ''}" / f"{file_name(key)}.pt"
     stamp = json.dumps({"code": code(), "script": Path(sys.argv[0]).read_text(), "flags": o.flags, "key": key})
     if not o.smoke and path.exists():
         was, value = torch.load(path, weights_only=False)
@@ -149,6 +144,11 @@ def kept(o, name: str, key: str, compute):
     return value
 
 
+def runs(o) -> Path:
+    """Where training runs and parts of results are kept."""
+    return ROOT / ("runs/smoke" if o.smoke else "runs/bench")
+
+
 def file_name(text: str) -> str:
     """A text with what no file name should hold replaced."""
     return "".join(c if c.isalnum() or c in "-._" else "_" for c in text)
@@ -156,7 +156,7 @@ def file_name(text: str) -> str:
 
 def train_all(o, name: str, tasks: dict[str, str]) -> dict[str, list[dict]]:
     """Runs named by their cell, `o.jobs` at once, with a progress bar; those that are done are read, not repeated."""
-    where = ROOT / ("runs/smoke" if o.smoke else "runs/bench") / f"{name}{'_video' if o.video else ''}"
+    where = runs(o) / f"{name}{'_video' if o.video else ''}"
     with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=len(tasks), desc=name, file=sys.stderr) as bar:
 
         def cell(task):

@@ -13,7 +13,6 @@ Rule        A gain counts where its interval lies above 0.
 """
 
 import sys
-from pathlib import Path
 
 import common
 import matplotlib.pyplot as plt
@@ -69,12 +68,12 @@ def main() -> None:
     prompts, before, pictures = scores_of(o, "before", model, size)
     rows = {name: {"before": common.interval(values)} for name, values in before.items()}
     raw = {"before": before}
+    after = o.after
     if o.train is not None:
-        o.after = str(common.ROOT / ("runs/smoke" if o.smoke else "runs/bench") / "evaluate")
-        common.train(o, Path(o.after), f"{model} {o.train}".split(), model=True)
-        o.after += "/model"
-    if o.after or o.after_lora:
-        model = f" --model {o.after}" if o.after else model
+        common.train(o, common.runs(o) / "evaluate", f"{model} {o.train}".split(), model=True)
+        after = common.runs(o) / "evaluate/model"
+    if after or o.after_lora:
+        model = f" --model {after}" if after else model
         _, raw["after"], later = scores_of(o, "after", model, size, o.after_lora)
         sheet = common.folder(o) / f"evaluate{'_video' if o.video else ''}_pictures.png"
         wide = (loop.strip(pictures, 9), loop.strip(later, 9), prompts[:24], sheet)
