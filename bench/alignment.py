@@ -68,14 +68,9 @@ def curve(rows: list[dict], an_iteration: float = 0.0) -> dict[str, list[float]]
     return out
 
 
-def trailing(rewards: list[float]) -> list[float]:
-    """At each evaluation the mean of the last three, so that a lucky one neither sets a mark nor reaches it."""
-    return [float(np.mean(rewards[max(0, i - 2) : i + 1])) for i in range(len(rewards))]
-
-
 def seconds_to(c: dict, mark: float) -> float | None:
     """Policy seconds until the trailing reward first reaches the mark, linear between evaluations; None if it never does."""
-    reward = trailing(c["reward"])
+    reward = common.trailing(c["reward"])
     for i in range(1, len(reward)):
         a, b = reward[i - 1], reward[i]
         if b >= mark:
@@ -122,14 +117,14 @@ def compare(results: dict) -> dict:
     for arm, arm_curves in results.items():
         row = {k: [] for k in ("final_reward", "area", "share_of_dance_seconds", "share_of_dance_to_its_mark")}
         for dance, mine in zip(results["DanceGRPO"], arm_curves):
-            mark = trailing(dance["reward"])[-1]
+            mark = common.trailing(dance["reward"])[-1]
             reached, its_own = seconds_to(mine, mark), seconds_to(dance, mark)
             row["share_of_dance_seconds"].append(None if reached is None else reached / dance["seconds"][-1])
             row["share_of_dance_to_its_mark"].append(reached / its_own if reached is not None and its_own else None)
-            row["final_reward"].append(trailing(mine["reward"])[-1])
+            row["final_reward"].append(common.trailing(mine["reward"])[-1])
             row["area"].append(float(np.trapezoid(mine["reward"], mine["iteration"]) / mine["iteration"][-1]))
         row["seconds_an_update"] = arm_curves[0]["seconds"][-1] / arm_curves[0]["iteration"][-1]
-        row["final_scores"] = {k: [trailing(c[k])[-1] for c in arm_curves] for k in list(arm_curves[0])[4:]}
+        row["final_scores"] = {k: [common.trailing(c[k])[-1] for c in arm_curves] for k in list(arm_curves[0])[4:]}
         median = float(np.median([x if x is not None else np.inf for x in row["share_of_dance_seconds"]]))
         table[arm] = row | {"median_share": median if np.isfinite(median) else None}
         first = table["DanceGRPO"]["final_reward"]

@@ -115,7 +115,7 @@ def diversity(d: dict) -> str:
     )
     note = (
         f"n = {d['n']} a side. The paper: MMD^2 about .019 (project page), .0067 (Inception) and .0149 (CLIP) at 4,096 a side, of all leaves."
-        " Leaves of one tree are not independent, so the last rows must be rejected: what counts there is the size."
+        " Leaves of one tree are not independent, so p says nothing in the last rows: what counts there is the size."
         f" Mean distance of the leaves of a tree, over that of as many sequential samples: {within}."
     )
     return f"{table(head, rows)}\n\n{note}"

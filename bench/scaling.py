@@ -38,8 +38,8 @@ def updates_of(o, flags: str, at_least: int) -> int:
 def reward_at(rows: list[dict], iteration: float) -> float:
     """Held-out reward after so many iterations: the mean of the last three evaluations, linear between evaluations."""
     at = [(row["iteration"], row["heldout_reward"]) for row in rows if "heldout_reward" in row]
-    x, y = np.array(at).T
-    return float(np.interp(iteration, x, [y[max(0, i - 2) : i + 1].mean() for i in range(len(y))]))
+    updates, rewards = zip(*at)
+    return float(np.interp(iteration, updates, common.trailing(rewards)))
 
 
 def draw(document: dict):

@@ -137,7 +137,7 @@ def test_seconds_to_a_mark_by_hand():
         "nfe": [0, 1, 2, 3],
         "reward": [0.0, 3.0, 3.0, 3.0],
     }
-    assert alignment.trailing(c["reward"]) == [0, 1.5, 2, 3]
+    assert common.trailing(c["reward"]) == [0, 1.5, 2, 3]
     assert (
         alignment.seconds_to(c, 1.75) == 15 and alignment.seconds_to(c, 2) == 20 and alignment.seconds_to(c, 9) is None
     )

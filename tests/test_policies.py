@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +17,7 @@ from diffusers import (
 )
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+import loop
 from branchgrpo import Sampler, credit, gather, generators, prune, rollout, sample_ode, update
 from policies import FluxPolicy, WanPolicy, load_pipeline, repeat_cond, take_cond
 from sde import sigma_schedule
@@ -266,6 +266,20 @@ def test_four_bits_train_a_lora(folder):
     assert all(p.grad is not None and p.dtype == torch.float32 for p in packed.trainable())
 
 
+def a_tree_and_an_update(policy, cond):
+    """Four leaves of one prompt with given rewards, trained once: pictures, the update's log, seconds of both."""
+    forest, sampler = make_forest(4, 2, (0, 1)), Sampler(sigma_schedule(4, 3.0), "cps", 0.7)
+    lap = loop.stopwatch(policy.device)
+    out = rollout(policy, cond, forest, sampler, generators(0, 0, range(1)), store="cpu")
+    pictures, rolled = policy.decode(out.latents[-1].flatten(0, 1)), lap()
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]])
+    _, advantages = credit(out, forest, rewards, 1.0, 5.0)
+    edges = gather(out, forest, prune(forest, [rewards] * 5, None, None), advantages, torch.arange(1), "edge")
+    o = SimpleNamespace(clip=1e-4, kl=0.0, micro_batch=1, max_grad_norm=1.0)
+    log = update(policy, torch.optim.AdamW(policy.trainable()), Accelerator(cpu=True), edges, cond, sampler, o)
+    return pictures, log, rolled, lap()
+
+
 @pytest.mark.slow
 def test_flux_1_dev_at_full_width(capsys):
     """FLUX.1-dev's config with one block of each kind, random weights: a tree and a LoRA update on the CPU.
@@ -278,17 +292,9 @@ def test_flux_1_dev_at_full_width(capsys):
     pipe.text_encoder_2 = type(pipe.text_encoder_2)(pipe.text_encoder_2.config)
     pipe.transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     policy = FluxPolicy(pipe, 128, 128, lora=8, checkpointing=True)
-    forest, sampler = make_forest(4, 2, (0, 1)), Sampler(sigma_schedule(4, 3.0), "cps", 0.7)
-    cond, began = policy.encode(PROMPTS[:1]), time.perf_counter()
+    cond = policy.encode(PROMPTS[:1])
     assert cond["states"].shape[2] == 4096 and cond["pooled"].shape == (1, 768)
-    out = rollout(policy, cond, forest, sampler, generators(0, 0, range(1)))
-    assert policy.decode(out.latents[-1].flatten(0, 1)).isfinite().all()
-    rolled = time.perf_counter()
-    rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]])
-    _, advantages = credit(out, forest, rewards, 1.0, 5.0)
-    edges = gather(out, forest, prune(forest, [rewards] * 5, None, None), advantages, torch.arange(1), "edge")
-    o = SimpleNamespace(clip=1e-4, kl=0.0, micro_batch=1, max_grad_norm=1.0)
-    log = update(policy, torch.optim.AdamW(policy.trainable()), Accelerator(cpu=True), edges, cond, sampler, o)
-    assert log["ratio_dev"] < 1e-4 and log["grad_norm"] > 0
+    pictures, log, rolled, updated = a_tree_and_an_update(policy, cond)
+    assert pictures.isfinite().all() and log["ratio_dev"] < 1e-4 and log["grad_norm"] > 0
     with capsys.disabled():
-        print(f"\nFLUX.1-dev, two blocks: rollout {rolled - began:.0f} s, update {time.perf_counter() - rolled:.0f} s")
+        print(f"\nFLUX.1-dev, two blocks: rollout {rolled:.0f} s, update {updated:.0f} s")

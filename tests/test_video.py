@@ -3,21 +3,18 @@
 import json
 import random
 import re
-import resource
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from test_policies import a_tree_and_an_update
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 import loop
@@ -25,11 +22,8 @@ import report
 import rewards as R
 import train_image
 import train_video
-from branchgrpo import Sampler, credit, gather, generators, prune, rollout, update
 from policies import WanPolicy
-from sde import sigma_schedule
 from tiny.make_tiny_wan import COLOURS, MOTIONS, SHAPES, build, combinations, draw, prompt
-from tree import make_forest
 
 HERE = Path(__file__).parent.parent
 WAN_1_3B = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
@@ -197,11 +191,6 @@ def test_the_image_script_refuses_video(wan, capsys, tmp_path):
         assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def gibibytes() -> float:
-    """The most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 @pytest.mark.slow
 def test_wan_1_3b_at_full_width_and_depth(tmp_path):
     """Wan2.1-T2V-1.3B's transformer, random weights: a tree and a LoRA update on the CPU. Text encoder and VAE are stand-ins."""
@@ -216,23 +205,14 @@ def test_wan_1_3b_at_full_width_and_depth(tmp_path):
         transformer=official,
     )
     policy = WanPolicy(pipe, 64, 64, 9, guidance=5.0, lora=8, checkpointing=True)
-    loaded = gibibytes()
-    forest, sampler = make_forest(4, 2, (0, 1)), Sampler(sigma_schedule(4, 3.0), "cps", 0.7)
-    cond, began = policy.encode(["a red circle moves left"]), time.perf_counter()
-    out = rollout(policy, cond, forest, sampler, generators(0, 0, range(1)), store="cpu")
-    videos = policy.decode(out.latents[-1].flatten(0, 1))
-    rolled = time.perf_counter()
+    loaded = loop.peak_gib(policy.device)
+    videos, log, rolled, updated = a_tree_and_an_update(policy, policy.encode(["a red circle moves left"]))
     assert videos.shape == (4, 9, 3, 64, 64) and videos.isfinite().all()
-    rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]])
-    _, advantages = credit(out, forest, rewards, 1.0, 5.0)
-    edges = gather(out, forest, prune(forest, [rewards] * 5, None, None), advantages, torch.arange(1), "edge")
-    o = SimpleNamespace(clip=1e-4, kl=0.0, micro_batch=1, max_grad_norm=1.0)
-    log = update(policy, torch.optim.AdamW(policy.trainable()), Accelerator(cpu=True), edges, cond, sampler, o)
     assert log["ratio_dev"] < 1e-5 and log["grad_norm"] > 0
     assert all(p.shape[0] == 8 or p.shape[1] == 8 for p in policy.trainable())
     print(
         f"Wan2.1-1.3B, 9 frames of 64 x 64, guidance, 4 leaves: loaded {loaded:.1f} GiB, rollout and decoding"
-        f" {rolled - began:.0f} s, update of {len(edges.x)} parents {time.perf_counter() - rolled:.0f} s, peak {gibibytes():.1f} GiB"
+        f" {rolled:.0f} s, update {updated:.0f} s, peak {loop.peak_gib(policy.device):.1f} GiB"
     )
 
 
