@@ -164,22 +164,28 @@ def processes(o) -> dict[str, float]:
 
 def draw(document: dict):
     """The ratios with their range; policy seconds, seconds a unit of counting and memory against what grows."""
-    figure, growth = plt.figure(figsize=(13, 4)), document["growth"]
-    first, *axes = figure.subplots(1, 4, width_ratios=(1.2, 1, 1, 1))
-    for y, values in enumerate(document["ratios"].values()):
+    figure, growth = plt.figure(figsize=(14, 4)), document["growth"]
+    first, *axes = figure.subplots(1, 4, width_ratios=(1.3, 1, 1, 1))
+    for y, (values, bound) in enumerate(zip(document["ratios"].values(), document["bounds"].values())):
         middle = np.median(values)
         span = [[middle - min(values)], [max(values) - middle]]
         first.errorbar(middle, y, xerr=span, fmt="o", color=common.COLOURS[y], capsize=3)
+        if bound[-1].isdigit():
+            first.plot(float(bound.split()[-1]), y, "k|", ms=14)
     first.set_yticks(range(4), [name.replace(" over ", "\nover ").replace(", ", ",\n") for name in document["ratios"]])
-    first.set(xscale="log", xlabel="ratio of seconds (median, range)")
+    first.set(xlim=(0, None), xlabel="ratio of seconds (median, range; |: hoped for)")
     first.invert_yaxis()
-    labels = ("policy seconds an iteration", "milliseconds a forward (backward: 2)", "peak memory, GiB")
+    labels = ("policy seconds an iteration", "milliseconds a unit (forward 1, backward 2)", "peak memory, GiB")
     for ax, key, label, scale in zip(axes, ("policy_seconds", "seconds_a_unit", "memory_gib"), labels, (1, 1000, 1)):
         for (what, row), colour, marker in zip(growth.items(), common.COLOURS, "osD^"):
             y = [scale * cell[key] for cell in row.values()]
             ax.plot([int(n) for n in row], y, marker=marker, color=colour, label=what)
-        ax.set(xscale="log", xlabel="how many", ylabel=label, ylim=(0, None))
-    axes[0].set_yscale("log")
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="how many", ylabel=label, ylim=(0, None))
+        ax.xaxis.set_major_formatter("{x:.0f}")
+    axes[0].set_yscale("log", base=2)
+    axes[0].set_ylim(0.5, None)
+    axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].legend(fontsize=8)
     return figure
 

@@ -166,7 +166,7 @@ def overhead(d: dict) -> str:
         for what, row in d["growth"].items()
         for n, c in row.items()
     ]
-    head = ["what grows", "policy seconds an iteration", "ms a forward (backward: 2)", "peak memory, GiB"]
+    head = ["what grows", "policy seconds an iteration", "ms a unit (forward 1, backward 2)", "peak memory, GiB"]
     switches = [[f"`{n}`", c["policy_seconds"], f"{c['memory_gib']:.2f}"] for n, c in d["switches"].items()]
     rates = d["leaves_a_second"]
     note = (
