@@ -7,7 +7,7 @@ Metric      Held-out reward after the same updates, minus that of the group's fi
 Rule        A change counts where Student's 95 % interval of the paired difference excludes 0. With two dozen changes one is
             expected to do so by chance: read a group as a whole.
 
-    python bench/ablation.py             # 1.6 hours on 2 cores
+    python bench/ablation.py             # 1 hour on 2 cores
 """
 
 import common
@@ -69,7 +69,7 @@ def main() -> None:
     """Run every arm and seed, print the table; JSON, figure."""
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="paired")
-    parser.add_argument("--iterations", type=int, default=60, help="updates of every arm")
+    parser.add_argument("--iterations", type=int, default=48, help="updates of every arm")
     o = parser.parse_args()
     seeds, iterations = (2, 2) if o.smoke else (o.seeds, o.iterations)
     groups = dict(list(GROUPS.items())[4:5]) if o.smoke else GROUPS
