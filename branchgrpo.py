@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policies import Cond, repeat_cond, take_cond
 from sde import branch_noise, gaussian_logp_mean, second_order, step_moments
 from tree import Forest, both, depth_advantages, drop_window, fuse, keep_chosen, keep_extreme, keep_parent_top1
+
+STATS = ("loss", "ratio_dev", "clip_frac", "kl", "grad_norm")  # of an update
+Cond = dict[str, Tensor]  # what a policy makes of prompts, which are the first dimension of each
 
 
 class NonFinite(RuntimeError):
@@ -37,7 +39,7 @@ class NonFinite(RuntimeError):
 class Sampler:
     """What defines a transition: sigmas (T+1,) float64, the step's kind, its noise strength eta, branch noise s, density.
 
-    flash: the tail of a rollout, after its last stochastic step, takes second-order steps.
+    flash: the tail of a rollout, after its last stochastic step, takes second-order steps, its first and last apart.
     """
 
     sigmas: Tensor
@@ -82,6 +84,16 @@ def generators(seed: int, iteration: int, slots: range) -> list[torch.Generator]
     """
     seeds = [int(np.random.SeedSequence([seed, iteration, slot]).generate_state(1)[0]) for slot in slots]
     return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def repeat_cond(cond: Cond, times: int) -> Cond:
+    """Every prompt's conditioning `times` times, adjacent: (P, ...) -> (P * times, ...)."""
+    return {name: value.repeat_interleave(times, 0) for name, value in cond.items()}
+
+
+def take_cond(cond: Cond, index: Tensor) -> Cond:
+    """The conditioning of the prompts at `index`: (P, ...) -> (B, ...)."""
+    return {name: value[index.to(value.device)] for name, value in cond.items()}
 
 
 def velocity(policy, x: Tensor, step: Tensor, sampler: Sampler, cond: Cond, micro_batch: int = 0) -> Tensor:
@@ -146,27 +158,28 @@ def sample_ode(policy, cond: Cond, sampler: Sampler, noise: Tensor, micro_batch:
     return x
 
 
-def credit(
-    out: Rollout, forest: Forest, rewards: Tensor, beta: float, adv_clip: float, group=False
-) -> tuple[list, list]:
-    """Fused rewards (T+1 tensors (P, n_d)) and edge advantages (T tensors (P, n_{i+1})) from leaf rewards (P, leaves)."""
+def credit(out: Rollout, forest: Forest, rewards: Tensor, beta: float, adv_clip: float, group=False) -> list[Tensor]:
+    """Edge advantages (T tensors (P, n_{i+1})) from leaf rewards (P, leaves), by Eq. 3 and 4."""
     fused = fuse(rewards.to(out.logp_mean[0].device), out.path_logp(forest), forest, beta)
-    fused = [f.cpu() for f in fused]
-    return fused, depth_advantages(fused, adv_clip, group=group)
+    return depth_advantages([f.cpu() for f in fused], adv_clip, group=group)
 
 
-def prune(forest: Forest, fused: list[Tensor], width: str | int | None, depth: tuple[int, int] | None) -> list[Tensor]:
+def prune(forest: Forest, rewards: Tensor, width: str | int | None, depth: tuple[int, int] | None, trained_steps=None):
     """The edges to train, before the rule that deterministic ones are not: T bool masks (P, n_{i+1}).
 
     Args:
+        rewards: (P, leaves), which rank the leaves.
         width: None, "parent-top1", or b for Extreme-b.
         depth: None, or (start, width) of the window of steps to drop.
+        trained_steps: the stochastic steps that are trained; None is all.
     """
-    keep = keep_chosen(forest, len(fused[0]))
+    keep = keep_chosen(forest, len(rewards))
+    if trained_steps is not None:
+        keep = [k & (i in trained_steps or not forest.stochastic(i)) for i, k in enumerate(keep)]
     if width == "parent-top1":
-        keep = both(keep, keep_parent_top1(forest, fused))
+        keep = both(keep, keep_parent_top1(forest, rewards))
     elif width is not None:
-        keep = both(keep, keep_extreme(forest, fused, width))
+        keep = both(keep, keep_extreme(forest, rewards, width))
     if depth is not None:
         keep = both(keep, drop_window(forest, *depth))
     return keep
@@ -247,7 +260,7 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
         o: options clip, kl, micro_batch, max_grad_norm.
 
     Returns:
-        loss, ratio_dev = max |rho - 1|, clip_frac, kl, grad_norm.
+        loss, ratio_dev = max |rho - 1|, clip_frac (of the ratios), kl, grad_norm.
 
     Raises:
         NonFinite: on every process at once, before the optimiser steps.
@@ -257,7 +270,7 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     total = torch.tensor([float(edges.weight.sum()), float(n_parents)], device=device)
     total = accelerator.reduce(total, "sum")
     if not total[0]:  # on every process alike: a window may leave nothing to train
-        return dict.fromkeys(("loss", "ratio_dev", "clip_frac", "kl", "grad_norm"), 0.0)
+        return dict.fromkeys(STATS, 0.0)
     size = o.micro_batch or n_parents
     sums = torch.zeros(3, device=device)  # loss, clipped edges, kl
     ratio_dev = torch.zeros((), device=device)
@@ -288,12 +301,5 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     if not (sums.isfinite().all() and torch.as_tensor(grad_norm).isfinite()):
         raise NonFinite(f"the loss ({float(sums[0])}) or its gradient norm ({float(grad_norm)}) is not finite")
     optimizer.step()
-    ratio_dev = accelerator.gather(ratio_dev).max()
-    clip_frac = float(sums[1]) / accelerator.num_processes
-    return {
-        "loss": float(sums[0]),
-        "ratio_dev": float(ratio_dev),
-        "clip_frac": clip_frac,
-        "kl": float(sums[2]),
-        "grad_norm": float(grad_norm),
-    }
+    found = (sums[0], accelerator.gather(ratio_dev).max(), sums[1] / accelerator.num_processes, sums[2], grad_norm)
+    return dict(zip(STATS, map(float, found)))

@@ -1,7 +1,7 @@
 """The command line that images and video share: flags with unit and origin, and what they resolve to.
 
 A default is the value tuned for the embedded model (LAB.md has the runs), or the paper's where it says so; settings for
-FLUX.1-dev are in the README. What a flag leaves open is decided here, once, and printed: the splits, the noise strength, the
+FLUX.1-dev are in configs/. What a flag leaves open is decided here, once, and printed: the splits, the noise strength, the
 widths of windows. Only an explicit contradiction is an error.
 """
 
@@ -96,7 +96,7 @@ def parser(description: str, model: str, height: int, width: int, reward: str, g
     g = p.add_argument_group("run").add_argument
     g("--seed", type=FROM_ZERO, default=0, help="of prompts order and noise; held-out noises never change")
     g("--out", help="the run's folder; default: runs/METHOD-DATE")
-    g("--resume", nargs="?", const="", metavar="OUT", help="continue a run; bare: --out, or the newest in runs")
+    g("--resume", nargs="?", const="", metavar="OUT", help="go on, same flags; bare: --out, or the newest in runs")
     g("--eval-every", type=COUNT, default=50, help="iterations between held-out evaluations")
     g("--eval-size", type=COUNT, default=256, help="held-out prompt-noise pairs")
     g("--save-every", type=COUNT, default=100, help="iterations between checkpoints")
@@ -107,7 +107,7 @@ def parser(description: str, model: str, height: int, width: int, reward: str, g
 
 
 def add_memory_flags(g) -> None:
-    """What a model needs to fit; none but --dtype, --nf4, --vae-tiling and in bf16 --fsdp changes the result."""
+    """What a model needs to fit; none but --dtype, --nf4, --vae-tiling and in bf16 --fsdp changes the result beyond rounding."""
     g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
     g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
     g("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
@@ -131,12 +131,12 @@ def add_tree_flags(g) -> None:
     g("--splits", type=parse_splits, help="split steps, as in 0,3,6,9; default: log_K(leaves), first half")
     g("--roots", type=COUNT, help="independent trees a prompt; default: 1 (paper)")
     g("--branch-noise", type=NOT_NEGATIVE, help="s of Eq. 2, inf = independent siblings; default: 4 (paper)")
-    g("--mix", type=FROM_ZERO, nargs="?", const=BARE, help="stochastic window, in steps; bare: T/5 (paper: 4 of 20)")
+    g("--mix", type=FROM_ZERO, nargs="?", const=BARE, help="noisy window, steps; default: 0, mixgrpo T/5; bare: T/5")
     g("--mix-every", type=COUNT, help="iterations a window step; default: sweep once (MixGRPO: 25)")
     g("--width-prune", type=text_or_number, nargs="?", const="parent-top1", help="parent-top1 or extreme-B")
     g("--depth-prune", type=COUNT, nargs="?", const=BARE, help="window of dropped steps; bare: T/4 (paper: 5 of 20)")
     g("--depth-every", type=COUNT, help="iterations a window step; default: sweep once (paper: 30)")
-    g("--flash", type=COUNT, metavar="N", help="second-order steps of the tail, after the last noise; default: all")
+    g("--flash", type=COUNT, metavar="N", help="steps of the tail, second-order between its ends; default: all, Euler")
     g("--depth-stop", type=FROM_ZERO, help="step at which the window's end stays; default: the last stochastic one")
 
 
@@ -195,12 +195,11 @@ def resolve_tree(o) -> None:
     o.roots = 1 if o.roots is None else o.roots
     o.branch_noise = 4.0 if o.branch_noise is None else o.branch_noise
     if o.method in TREES:
-        given = o.splits is not None
-        o.splits = o.splits if given else spread_splits(o.steps, o.branch, o.leaves or 16, o.roots)
+        o.splits = spread_splits(o.steps, o.branch, o.leaves or 16, o.roots) if o.splits is None else o.splits
         leaves = make_forest(o.steps, o.branch, o.splits, o.roots).leaves
-        if given and o.leaves is not None and o.leaves != leaves:
-            made = f"these {len(o.splits)} splits make {o.roots} x {o.branch}^{len(o.splits)} = {leaves}"
-            raise ValueError(f"--leaves {o.leaves} contradicts --splits: {made}")
+        if o.leaves not in (None, leaves):
+            made = f"{len(o.splits)} splits make {o.roots} x {o.branch}^{len(o.splits)} = {leaves}"
+            raise ValueError(f"--leaves {o.leaves} does not go with the tree: {made}")
         o.leaves = leaves
     o.leaves = o.leaves or 16
     o.mix = default_mix(o) if o.mix in (None, BARE) else o.mix
@@ -238,7 +237,7 @@ def check_windows(o) -> None:
         raise ValueError(f"--width-prune extreme-B needs 1 <= B <= leaves / 2 = {o.leaves // 2}, got {o.width_prune}")
 
 
-TUNED_ETA = {"dance": (1.6, 0.7), "flow": (0.7, 0.7), "cps": (0.7, 0.7)}  # few stochastic steps, all of them
+TUNED_ETA = {"dance": (1.6, 0.7), "flow": (0.7, 0.7), "cps": (0.7, 0.7)}  # few noisy steps, all of them
 
 
 def resolve(o) -> None:
@@ -251,7 +250,8 @@ def resolve(o) -> None:
     published = "dance" if o.method in DANCE_STEPS else "flow"
     o.sde = o.sde or ("cps" if o.method == "branchgrpo-mix" else published)
     if o.eta is None:
-        o.eta = TUNED_ETA.get(o.sde, (0.3, 0.3))[o.method in ("branchgrpo", "dancegrpo", "flowgrpo")]
+        all_noisy = o.method in ("branchgrpo", "dancegrpo", "flowgrpo")
+        o.eta = TUNED_ETA.get(o.sde, (0.3, 0.3))[all_noisy]
     if o.sde == "cps" and o.eta >= 1:
         raise ValueError(f"--eta must lie between 0 and 1 for --sde cps, got {o.eta}")
     if o.cps_density == "upstream" and o.sde != "cps":
@@ -271,7 +271,8 @@ def resolve(o) -> None:
         raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
     if o.nf4 and o.fsdp:
         raise ValueError("--nf4 does not go with --fsdp: packed weights cannot be split")
-    plan(o, 0)
+    if plan(o, 0).forest.last_stochastic < 0:
+        raise ValueError("no step would be noisy, so none trained: give --splits, --mix or fewer --roots")
 
 
 def column_of(table: datasets.Dataset, column: str) -> list[str]:

@@ -122,10 +122,8 @@ REWARDS = CLIPS | {"imagereward": 447e6, "videoalign": 2.3e9}  # parameters
 def counted(o, iteration: int) -> dict[str, float]:
     """Closed form: one prompt's counts of one iteration; see `tree.count`."""
     todo = plan(o, iteration)
-    fused = [torch.zeros(1, n, dtype=torch.float64) for n in todo.forest.sizes]  # rewards choose edges, not how many
-    keep = prune(todo.forest, fused, o.width_prune, todo.depth)
-    drawn = [k & (i in todo.trained_steps or not todo.forest.stochastic(i)) for i, k in enumerate(keep)]
-    return count(todo.forest, drawn)
+    rewards = torch.zeros(1, todo.forest.leaves)  # they choose edges, not how many
+    return count(todo.forest, prune(todo.forest, rewards, o.width_prune, todo.depth, todo.trained_steps))
 
 
 def slide(o) -> range:
@@ -189,7 +187,7 @@ def memory(o, gpus: int) -> dict[str, float]:
     stream = 4 if o.nf4 else half  # 4-bit layers return what they are given, float32 latents
     a_block, kept = nodes * arch.saved[o.lora > 0] * stream / 2, nodes * stream * arch.blocks
     found = {
-        "weights, frozen": (0.5625 if o.nf4 else half) * arch.parameters / share if o.lora else 0,
+        "weights, frozen": (4.5 / 8 if o.nf4 else half) * arch.parameters / share if o.lora else 0,
         "weights, trained, fp32": 4 * trained / share,
         "reference weights": half * arch.parameters / share if o.kl and not o.lora else 0,
         "reward models": 0 if o.reward_offload else (2 if o.reward_dtype == "bf16" else 4) * of_rewards,
@@ -236,8 +234,9 @@ def parse(parser, argv: list[str] | None):
 
 
 def variant(o, text: str):
-    """The options of another method at the same steps, leaves, prompts and micro-batch; None where it has no such tree."""
+    """The options of another method at the same steps, leaves, branching, prompts and micro-batch; None where it has no such tree."""
     shape = f" --steps {o.steps} --leaves {o.leaves} --prompts-per-iteration {o.prompts_per_iteration}"
+    shape += f" --branch {o.branch} --roots {o.roots}" * ("branchgrpo" in text)
     other = flags.parser("", "", 1, 1, "jpeg").parse_args(f"{text}{shape} --micro-batch {o.micro_batch}".split())
     try:
         flags.resolve(other)
@@ -263,7 +262,7 @@ def report(o) -> str:
     todo = {name: (variant(o, f), s) for name, (f, _, s) in METHODS.items()}
     todo = {name: row for name, row in todo.items() if row[0]} | {"this command": (o, None)}
     for name, (options, theirs) in todo.items():
-        iterations = range(0, o.iterations, max(1, o.iterations // 50)) if options is o else slide(options)
+        iterations = range(0, max(1, o.iterations), max(1, o.iterations // 50)) if options is o else slide(options)
         counts = [counted(options, i) for i in iterations]
         each = [seconds(options, i, share, lambda b: a_call * b, lambda b: again * a_call * b) for i in iterations]
         n = [np.mean([c[k] for c in counts]) / options.leaves for k in ("edges", "forwards", "trained_parents")]

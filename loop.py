@@ -3,8 +3,8 @@
 Each iteration: 1. take the next prompts, 2. roll out their forests, 3. decode the leaves and score them, 4. credit and prune,
 5. update, 6. log; now and then evaluate on held-out prompts (ODE, fixed noise) and save a checkpoint.
 
-Everything random is keyed by (seed, iteration, prompt slot), so a killed run resumes bit for bit on the CPU, and the result
-does not depend on the number of processes. Direction of time: as in sde.py.
+Everything random is keyed by (seed, iteration, prompt slot), so a killed run resumes bit for bit on the CPU, and but for
+rounding the result does not depend on the number of processes. Direction of time: as in sde.py.
 """
 
 import hashlib
@@ -163,11 +163,16 @@ def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
     return [prompts[order[i // size][i % size]] for i in range(first, first + n)]
 
 
-def own_prompts(o, accelerator: Accelerator, prompts: list[str]) -> list[str]:
-    """Those that this process will train on in the whole run."""
-    share = o.prompts_per_iteration // accelerator.num_processes
-    first = [i * o.prompts_per_iteration + accelerator.process_index * share for i in range(o.iterations)]
-    return list(dict.fromkeys(p for at in first for p in prompts_at(prompts, o.seed, at, share)))
+def own_slots(o, accelerator: Accelerator) -> range:
+    """The prompts of an iteration that this process owns: every n-th, so that --updates are alike on any number of processes."""
+    return range(accelerator.process_index, o.prompts_per_iteration, accelerator.num_processes)
+
+
+def own_prompts(o, accelerator: Accelerator, prompts: list[str], iteration: int) -> list[str]:
+    """What this process trains on in an iteration."""
+    n = o.prompts_per_iteration
+    stream = prompts_at(prompts, o.seed, iteration * n, n)
+    return [stream[i] for i in own_slots(o, accelerator)]
 
 
 def strip(pictures: Tensor, n: int = 3) -> Tensor:
@@ -208,19 +213,18 @@ def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tens
     rewards = R.weighted_sum(each, run.weights)
     how = (o.fusion_beta, o.adv_clip, o.advantage == "group")
     if o.reward_mix == "reward":
-        return rewards, *credit(out, forest, rewards, *how)
-    parts = [(w, credit(out, forest, each[name], *how)[1]) for name, w in run.weights.items()]
+        return rewards, rewards, credit(out, forest, rewards, *how)
+    parts = [(w, credit(out, forest, each[name], *how)) for name, w in run.weights.items()]
     summed = [sum(w * a[i] for w, a in parts).clamp(-o.adv_clip, o.adv_clip) for i in range(forest.steps)]
-    return rewards, summed[-1:], summed
+    return rewards, summed[-1], summed
 
 
 def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     """One iteration: roll out, score, credit, prune, update; returns its row of metrics, and what histograms show."""
     o, acc, policy = run.o, run.accelerator, run.policy
     todo, lap = plan(o, iteration), stopwatch(acc.device)
-    sampler, forest, share = run.sampler(todo.sigmas), todo.forest, o.prompts_per_iteration // acc.num_processes
-    slots = range(acc.process_index * share, (acc.process_index + 1) * share)
-    prompts = prompts_at(run.prompts, o.seed, iteration * o.prompts_per_iteration + slots.start, share)
+    sampler, forest, slots = run.sampler(todo.sigmas), todo.forest, own_slots(o, acc)
+    prompts = own_prompts(o, acc, run.prompts, iteration)
     cond = policy.encode(prompts)
     store = "cpu" if o.tree_offload else None
     out = rollout(policy, cond, forest, sampler, generators(o.seed, iteration, slots), o.micro_batch, store=store)
@@ -230,21 +234,20 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     scores = score(run, pictures, [p for p in prompts for _ in range(forest.leaves)])
     row["seconds_reward"] = lap()
 
-    leaf_rewards, fused, advantages = credit_leaves(run, out, forest, scores)
-    keep = prune(forest, fused, o.width_prune, todo.depth)
-    keep = [k & (i in todo.trained_steps) for i, k in enumerate(keep)]
+    leaf_rewards, ranking, advantages = credit_leaves(run, out, forest, scores)
+    keep = prune(forest, ranking, o.width_prune, todo.depth, todo.trained_steps)
     row["lr"] = o.lr * (1 - (1 - o.lr_end) * iteration / o.iterations)
     for group in run.optimizer.param_groups:
         group["lr"] = row["lr"]
     stats = []
-    for part in torch.arange(share).chunk(o.updates):
+    for part in torch.arange(len(slots)).chunk(o.updates):
         edges = gather(out, forest, keep, advantages, part, o.loss_weight, todo.step_weight)
         stats.append(update(policy, run.optimizer, acc, edges, cond, sampler, o))
         if run.ema:
             run.ema.step(policy.trainable())
     row["seconds_train"] = lap()
 
-    counts = count(forest, [k[:1] for k in keep])
+    counts = count(forest, keep)
     everywhere = acc.gather(leaf_rewards.to(acc.device))
     row |= {k: float(np.mean([s[k] for s in stats])) for k in stats[0]} | {"ratio_dev": stats[0]["ratio_dev"]}
     row |= {
@@ -378,7 +381,8 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
     memory |= {"compiled": o.compile, "text_offload": o.text_offload, "text_cache": o.text_cache}
     policy = load_policy(dtype=dtypes[o.dtype], device=accelerator.device, **trained, **memory)
     if o.text_offload:
-        policy.remember([*own_prompts(o, accelerator, prompts), *heldout[: o.eval_size + accelerator.num_processes]])
+        mine = [p for i in range(o.iterations) for p in own_prompts(o, accelerator, prompts, i)]
+        policy.remember([*dict.fromkeys(mine), *heldout[: o.eval_size + accelerator.num_processes]])
     run = Run(o, accelerator, policy, prompts, heldout, rewards, weights)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=o.lr, weight_decay=o.weight_decay)
     run.ema = EMAModel(policy.trainable(), decay=o.ema) if o.ema else None

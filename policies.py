@@ -5,7 +5,7 @@ A policy is a frozen text encoder, a trained transformer and a frozen decoder:
     encode(prompts) -> cond            dict of tensors, first dimension the prompts
     velocity(x, sigma, cond) -> v      v_theta(x, sigma, prompt), noise minus data; sigma = 1 is noise
     decode(x) -> pictures              (B, 3, H, W) in [0, 1]; videos are (B, F, 3, H, W)
-    latent_shape, transformer, save(folder)
+    latent_shape, transformer, trainable(), remember(prompts), gather(main_process), save(folder); with --kl velocity(reference=True)
 
 The tree, the credit and the loss know nothing else of a model. Packing, VAE constants, channel counts and the length of the
 text are read from the checkpoint's own config, so a small model and FLUX.1-dev or Wan2.1 take the same path.
@@ -30,20 +30,10 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from branchgrpo import Cond
 from parallel import shard, unshard
 
-Cond = dict[str, Tensor]
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
-
-def repeat_cond(cond: Cond, times: int) -> Cond:
-    """Every prompt's conditioning `times` times, adjacent: (P, ...) -> (P * times, ...)."""
-    return {name: value.repeat_interleave(times, 0) for name, value in cond.items()}
-
-
-def take_cond(cond: Cond, index: Tensor) -> Cond:
-    """The conditioning of the prompts at `index`: (P, ...) -> (B, ...)."""
-    return {name: value[index.to(value.device)] for name, value in cond.items()}
 
 
 def load_pipeline(model: str, wanted: type, dtype: torch.dtype, nf4: bool = False) -> DiffusionPipeline:
@@ -289,7 +279,7 @@ class FluxPolicy(Policy):
     def decode(self, x: Tensor) -> Tensor:
         """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU; one by one, unless tiny."""
         vae, pictures = self.pipe.vae, []
-        micro_batch = max(1, 2**17 // (self.height * self.width))
+        micro_batch = max(1, 2**17 // (self.height * self.width))  # pixels a call: 64 pictures of 32 x 64
         for part in x.split(micro_batch):
             z = self.pipe._unpack_latents(part.to(self.device), self.height, self.width, self.pipe.vae_scale_factor)
             z = z / vae.config.scaling_factor + vae.config.shift_factor
@@ -345,7 +335,7 @@ class WanPolicy(Policy):
     def decode(self, x: Tensor) -> Tensor:
         """Latents (B, *latent_shape) -> videos (B, F, 3, H, W) in [0, 1], float32 on the CPU; one by one, unless tiny."""
         vae, videos = self.pipe.vae, []
-        micro_batch = max(1, 2**17 // self.pixels)
+        micro_batch = max(1, 2**17 // self.pixels)  # as for pictures
         mean, std = (
             torch.tensor(v, device=self.device).view(1, -1, 1, 1, 1)
             for v in (vae.config.latents_mean, vae.config.latents_std)

@@ -8,6 +8,7 @@ Videos are drawn as strips of their frames, and played in before_after.mp4 and b
 """
 
 import textwrap
+from itertools import cycle
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -34,8 +35,9 @@ TREE_KEY = 2**31 + 1  # noise of the drawn tree
 
 
 def write(run) -> None:
-    """Write the model into OUT/model, and the three pictures into the run's folder."""
-    run.policy.save(run.out / "model")
+    """Write the model, where it was trained, into OUT/model, and the three pictures into the run's folder."""
+    if run.iteration:
+        run.policy.save(run.out / "model")
     before = load_file(run.out / "before.safetensors")["pictures"]
     prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
     columns = 6 if before.ndim == 4 else 2
@@ -114,12 +116,12 @@ def curves(history: list[dict], path: Path) -> None:
     axes[0].plot(*series(history, "heldout_reward"), color=ORANGE, marker="o", ms=4, label="held out (ODE)")
     axes[0].set(title="weighted reward", xlabel="iteration")
     names = sorted({k for row in history for k in row if k.startswith("heldout_")} - {"heldout_reward"})
-    for name, colour in zip(names, (ORANGE, BLUE, GREEN, GREY, "#CC79A7", "#E69F00")):
+    for name, colour in zip(names, cycle((ORANGE, BLUE, GREEN, GREY, "#CC79A7", "#E69F00"))):
         axes[1].plot(*series(history, name), color=colour, marker="o", ms=4, label=name.removeprefix("heldout_"))
     axes[1].set(title="held-out scores", xlabel="iteration")
     for name, colour in (("grad_norm", BLUE), ("ratio_dev", ORANGE), ("kl", GREEN)):
         axes[2].plot(*series(history, name), color=colour, lw=1, label=name)
-    axes[2].set(title="diagnostics", xlabel="iteration", yscale="symlog")
+    axes[2].set(title="diagnostics", xlabel="iteration")
     axes[2].set_yscale("symlog", linthresh=1e-7)
     parts = ("seconds_rollout", "seconds_decode", "seconds_reward", "seconds_train")
     stacked, labels = [series(history, p)[1] for p in parts], [p.removeprefix("seconds_") for p in parts]
@@ -144,8 +146,8 @@ def tree(run, path: Path) -> None:
     leaves = policy.decode(out.latents[-1][0])
     scores = R.score(run.rewards, leaves, [prompt] * forest.leaves)
     pictures = [*(loop.strip(policy.decode(x[0])) for x in out.x0hat), loop.strip(leaves)]  # videos are large
-    rewards, fused, advantages = loop.credit_leaves(run, out, forest, scores)
-    keep = prune(forest, fused, o.width_prune, todo.depth)
+    rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
+    keep = prune(forest, ranking, o.width_prune, todo.depth, todo.trained_steps)
     draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)
 
 

@@ -3,7 +3,7 @@
 | method         | roots  | splits              | K      | stochastic steps                              | siblings share |
 |----------------|--------|---------------------|--------|-----------------------------------------------|----------------|
 | branchgrpo     | 1      | 0,3,6,9 of 20       | 2      | all                                           | noise, s = 4   |
-| branchgrpo-mix | 1      | 0,3,6,9             | 2      | splits + a window that slides over training   | noise, s = 4   |
+| branchgrpo-mix | 1      | 0,3,6,9             | 2      | splits + a sliding window of --mix steps (0)  | noise, s = 4   |
 | dancegrpo      | 1      | 0                   | leaves | all                                           | initial noise  |
 | flowgrpo       | leaves | none                | -      | all                                           | nothing        |
 | mixgrpo        | 1      | the window's first  | leaves | a window that slides over training            | ODE prefix     |
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sde import sigma_schedule, step_moments
-from tree import Forest, depth_window_range, make_forest, mix_window_range, window_start
+from tree import Forest, depth_window_range, make_forest, window_start
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Plan:
 # ------------------------------------------------------------------------------------------- a forest for each method
 def mix_window(o, iteration: int, last_start: int) -> range:
     """The stochastic window of --mix steps: one later every --mix-every iterations, up to `last_start`."""
-    first, last = mix_window_range(o.steps, o.mix)
-    start = window_start(first, min(last, last_start), iteration, o.iterations, o.mix_every)
+    start = window_start(0, min(o.steps - o.mix, last_start), iteration, o.iterations, o.mix_every)
     return range(start, start + o.mix)
 
 
@@ -96,9 +95,10 @@ DANCE_STEPS = (*TREES, "dancegrpo")  # published with dance steps, the others wi
 def plan(o, iteration: int) -> Plan:
     """The plan of one iteration, a function of the options, the seed and the iteration alone, so a resumed run agrees.
 
-    timestep_fraction f trains a random ceil(f n) of the n stochastic steps, drawn anew each iteration (DanceGRPO).
+    timestep_fraction f trains a random ceil(f n) of the n stochastic steps, drawn anew each iteration, the same for all
+    leaves (DanceGRPO draws for every sample, and rounds down).
     """
-    rng = np.random.default_rng([o.seed, iteration, 1])
+    rng = np.random.default_rng([o.seed, iteration, 1])  # 1: this stream; prompts have 2
     forest = METHODS[o.method](o, iteration, rng)
     tail = None
     if o.flash:

@@ -1,7 +1,8 @@
 """One denoising step as a Gaussian, and the noise that siblings share.
 
 Idea: a flow model is an ODE from noise to data, dx = v dsigma. An SDE with the same marginals turns every step into a
-draw from a Gaussian whose density we know, so a trajectory becomes a policy that GRPO can push up or down.
+draw from a Gaussian whose density we know, so a trajectory becomes a policy that GRPO can push up or down. The same as dt -> 0:
+in few steps dance and flow end noisier than sigma (T = 10, all steps noisy: 1.3 times at .7, dance 3.1 times at 1.6), cps never.
 
 Direction of time: sigma_0 = 1 is pure noise, sigma_T = 0 is the picture; step i walks sigma_i -> sigma_{i+1}, so
 dt = sigma_{i+1} - sigma_i < 0. v = v_theta(x, sigma, prompt) points from data to noise.
@@ -60,7 +61,7 @@ def dance(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, s
 def flow(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
     """Flow-GRPO (arXiv:2505.05470): mean = x (1 + s^2 dt/(2 sigma)) + v (1 + s^2 (1-sigma)/(2 sigma)) dt, std = s sqrt(-dt).
 
-    s = a sqrt(sigma/(1-sigma)); where sigma = 1 the 1-sigma under the root takes sigma_1 instead.
+    s = a sqrt(sigma/(1-sigma)); at sigma = 1 its denominator is 1 - sigma_1.
     """
     dt = sigma_next - sigma
     s = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_1, sigma))).sqrt()

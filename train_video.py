@@ -1,14 +1,8 @@
 """Trains a video model with BranchGRPO: `python train_video.py`, or `python train_video.py --method dancegrpo`.
 
-The sibling of train_image.py: the same flags, the same loop; the policy, the rewards and how results are shown differ. With no
-flag it takes the embedded default, a small real Wan that moves coloured shapes, and rewards that watch them:
-
-1. flags are checked and resolved (flags.py), the counts of the tree printed (tree.py)
-2. policy and rewards are loaded (policies.py, rewards.py)
-3. held-out prompts are evaluated, the loop runs (loop.py, branchgrpo.py), held-out prompts are evaluated again
-4. videos and pictures are written (report.py): before_after.mp4, .gif and .png, curves.png, tree.png, and OUT/model
-
-Progress goes to stderr; the last line on stdout is one JSON document. Bad input is one sentence and exit code 2.
+The sibling of train_image.py, step by step: the same flags, the same loop; the policy, the rewards and how results are shown
+differ. With no flag it takes the embedded default, a small real Wan that moves coloured shapes, and rewards that watch them. It
+writes before_after.mp4, .gif and .png, curves.png, tree.png, and OUT/model.
 """
 
 from functools import partial

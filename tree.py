@@ -16,7 +16,9 @@ Direction of time: depth 0 is pure noise (sigma = 1), depth T the pictures (sigm
 
 Departures from the paper. Rewards are centred before fusion and everything is float64. A depth whose values all agree (or
 with one node) has advantage 0 exactly, where (x - mean)/(std + eps) would amplify rounding. Advantages use the whole tree,
-before pruning. Known weakness, kept visible: with two nodes at a depth the z-score is +-1 whatever the gap.
+before pruning. Known weaknesses, kept visible: with two nodes at a depth the z-score is +-1 whatever the gap; and path log-probs
+are sums of per-dimension means, so at beta = 1 the weights of Eq. 3 are nearly uniform (`effective_leaves` is 15.9 of 16): fusion
+is close to the plain mean. With sums they would be nearly one-hot; a larger beta (100) shows the difference.
 
     python tree.py --steps 20 --branch 2 --splits 0,3,6,9     # draws the tree, prints its counts
 """
@@ -212,8 +214,11 @@ def keep_leaves(forest: Forest, kept: Tensor) -> list[Tensor]:
     return [kept if i >= after else torch.ones(len(kept), n, dtype=torch.bool) for i, n in enumerate(forest.sizes[1:])]
 
 
-def keep_parent_top1(forest: Forest, fused: list[Tensor]) -> list[Tensor]:
+def keep_parent_top1(forest: Forest, rewards: Tensor) -> list[Tensor]:
     """Width pruning, Parent-Top1: at the last split each parent keeps its best child; ties go to the lower leaf index.
+
+    Args:
+        rewards: (P, leaves).
 
     Returns:
         T bool tensors (P, n_{i+1}); only edges after the last split are dropped.
@@ -224,13 +229,16 @@ def keep_parent_top1(forest: Forest, fused: list[Tensor]) -> list[Tensor]:
     if not forest.splits:
         raise ValueError("Parent-Top1 needs a split: this forest has none")
     k = forest.children[forest.last_split]
-    siblings = fused[-1].unflatten(1, (-1, k))  # (P, parents, K)
+    siblings = rewards.unflatten(1, (-1, k))  # (P, parents, K)
     best = siblings.sort(dim=-1, descending=True, stable=True).indices[..., :1]
     return keep_leaves(forest, torch.zeros_like(siblings, dtype=torch.bool).scatter(-1, best, True).flatten(1))
 
 
-def keep_extreme(forest: Forest, fused: list[Tensor], b: int) -> list[Tensor]:
+def keep_extreme(forest: Forest, rewards: Tensor, b: int) -> list[Tensor]:
     """Width pruning, Extreme-b: the best b and the worst b leaves of each prompt; ties go by leaf index.
+
+    Args:
+        rewards: (P, leaves).
 
     Returns:
         T bool tensors (P, n_{i+1}); only edges after the last split are dropped.
@@ -240,9 +248,9 @@ def keep_extreme(forest: Forest, fused: list[Tensor], b: int) -> list[Tensor]:
     """
     if b < 1 or 2 * b > forest.leaves:
         raise ValueError(f"Extreme-b needs 1 <= b and 2b <= leaves ({forest.leaves}), got b = {b}")
-    order = fused[-1].sort(dim=1, descending=True, stable=True).indices
+    order = rewards.sort(dim=1, descending=True, stable=True).indices
     extremes = torch.cat([order[:, :b], order[:, -b:]], 1)
-    return keep_leaves(forest, torch.zeros_like(fused[-1], dtype=torch.bool).scatter(1, extremes, True))
+    return keep_leaves(forest, torch.zeros_like(rewards, dtype=torch.bool).scatter(1, extremes, True))
 
 
 def drop_window(forest: Forest, start: int, width: int, prompts: int = 1) -> list[Tensor]:
@@ -258,7 +266,7 @@ def drop_window(forest: Forest, start: int, width: int, prompts: int = 1) -> lis
 def window_start(first: int, last: int, iteration: int, iterations: int, every: int | None = None) -> int:
     """Where a sliding window starts: at `first`, one step later every `every` iterations, then staying at `last`.
 
-    `every` defaults to iterations // positions, so that a short run also sweeps all of them.
+    `every` defaults to iterations // positions, so that a run of at least as many iterations sweeps all of them.
     """
     last = max(first, last)
     every = every or max(1, iterations // (last - first + 1))
@@ -273,11 +281,6 @@ def depth_window_range(forest: Forest, width: int, stop: int | None = None) -> t
     stop = forest.steps - 2 if stop is None else stop
     first = forest.last_split + 1
     return first, max(first, stop - width + 1)
-
-
-def mix_window_range(steps: int, width: int) -> tuple[int, int]:
-    """First and last start of the mix window: 0 to T - w, the paper's 17 positions for T = 20, w = 4."""
-    return 0, max(0, steps - width)
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
@@ -313,7 +316,7 @@ def both(*masks: list[Tensor]) -> list[Tensor]:
 def count_variants(steps: int, branch: int, splits: tuple[int, ...], roots: int = 1) -> dict[str, dict | None]:
     """The paper's prunings of one tree, counted: kept, trainable and trained_parents of each; null where undefined."""
     forest = make_forest(steps, branch, splits, roots)
-    fused = [torch.zeros(1, n, dtype=torch.float64) for n in forest.sizes]  # which edges go does not change how many
+    rewards = torch.zeros(1, forest.leaves)  # which edges go does not change how many
     numbers = ("kept", "trainable", "trained_parents")
 
     def row(*masks):
@@ -321,13 +324,12 @@ def count_variants(steps: int, branch: int, splits: tuple[int, ...], roots: int 
         return {k: found[k] for k in numbers}
 
     first = forest.last_split + 1
-    first_mix, last_mix = mix_window_range(steps, 4)
-    windows = [range(a, a + 4) for a in range(first_mix, last_mix + 1)]
+    windows = [range(a, a + 4) for a in range(max(1, steps - 3))]  # the paper's 17 places for T = 20
     mixes = [count(make_forest(steps, branch, splits, roots, chosen=w)) for w in windows]
     return {
         "all": row(),
-        "parent_top1": row(keep_parent_top1(forest, fused)) if splits else None,
-        "extreme_4": row(keep_extreme(forest, fused, 4)) if forest.leaves >= 8 else None,
+        "parent_top1": row(keep_parent_top1(forest, rewards)) if splits else None,
+        "extreme_4": row(keep_extreme(forest, rewards, 4)) if forest.leaves >= 8 else None,
         "depth_4": row(drop_window(forest, first, 4)),
         "depth_5": row(drop_window(forest, first, 5)),
         "mix_4_mean": {k: sum(m[k] for m in mixes) / len(mixes) for k in numbers},

@@ -10,8 +10,9 @@ Metric      Unbiased MMD^2 (Gretton et al. 2012, Lemma 6, equation 4) with a Gau
             names its picture features. Within a prompt: mean pairwise distance of a tree's leaves over that of as many sequential
             samples, with Student's interval over prompts.
 Rule        One leaf a tree, drawn at random: p above .05. Positive controls that must be rejected: split noise times 4 with the
-            density as it was, and eta raised by a fifth. Steps are the paper's, "dance", whose pictures depend on eta: "cps"
-            keeps marginals at any eta, so that the second control could not be rejected (LAB.md).
+            density as it was, and eta raised by a fifth. Steps are the paper's, "dance", whose pictures depend on eta (in
+            few steps its samples end noisier than the noise level); "cps" keeps marginals at any eta, so that the second
+            control could not be rejected (LAB.md).
 
     python bench/diversity.py            # 10 minutes on one core
 """
@@ -164,7 +165,7 @@ def draw(document: dict):
 def main() -> None:
     """Sample, compare; table, JSON, figure."""
     parser = common.parser(__doc__)
-    parser.set_defaults(flags="--sde dance --eta 1.6")
+    parser.set_defaults(flags="--sde dance --eta 0.7")
     parser.add_argument("--n", type=int, default=1024, help="samples a side")
     parser.add_argument("--permutations", type=int, default=2000)
     o = parser.parse_args()

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import loop
-from policies import take_cond
+from branchgrpo import take_cond
 from rewards import score
 from schedules import plan
 from tree import count

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import hardware
 import loop
-from policies import repeat_cond
+from branchgrpo import repeat_cond
 
 PARTS = ("rollout", "train", "decode", "reward")
 LARGE = {  # 81 leaves

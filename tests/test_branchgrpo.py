@@ -1,7 +1,10 @@
 """The algorithm end to end on a toy policy of 40 parameters, in float64: every number against a walk over explicit nodes."""
 
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +15,22 @@ from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler
 
 import branchgrpo
-from branchgrpo import NonFinite, Sampler, clipped_loss, credit, gather, generators, prune, rollout, sample_ode, update
-from policies import repeat_cond
+from branchgrpo import (
+    NonFinite,
+    Sampler,
+    clipped_loss,
+    credit,
+    gather,
+    generators,
+    prune,
+    repeat_cond,
+    rollout,
+    sample_ode,
+    update,
+)
 from schedules import plan
 from sde import branch_noise, second_order, sigma_schedule, step_moments
-from tree import keep_chosen, make_forest
+from tree import fuse, keep_chosen, make_forest
 
 SHAPE = (3, 2)
 DIM = 6
@@ -117,8 +131,8 @@ def rewards_for(forest, seed=0):
 def credited(forest, trees, out, beta=1.0, width=None, depth=None):
     """Credit and masks, on both sides."""
     rewards = rewards_for(forest)
-    fused, advantages = credit(out, forest, torch.from_numpy(rewards), beta, 5.0)
-    keep = prune(forest, fused, width, depth)
+    advantages = credit(out, forest, torch.from_numpy(rewards), beta, 5.0)
+    keep = prune(forest, torch.from_numpy(rewards), width, depth)
     for tree, r in zip(trees, rewards):
         oracle.fuse(tree, r.tolist(), beta)
         oracle.depth_advantages(tree)
@@ -129,7 +143,7 @@ def credited(forest, trees, out, beta=1.0, width=None, depth=None):
             oracle.prune_extreme(tree, width)
         if depth is not None:
             oracle.prune_depth(tree, *depth)
-    return fused, advantages, keep
+    return advantages, keep
 
 
 def settings(**changed):
@@ -350,7 +364,8 @@ def test_credit_is_the_oracles(changed, beta):
     """From the rollout's own log-probs: Eq. 3 along stochastic edges, then Eq. 4."""
     forest, sampler, trees = case(**changed)
     _, out = rolled(forest, sampler, trees)
-    fused, advantages, _ = credited(forest, trees, out, beta)
+    advantages, _ = credited(forest, trees, out, beta)
+    fused = fuse(torch.from_numpy(rewards_for(forest)), out.path_logp(forest), forest, beta)
     for d, level in enumerate(fused):
         want = [[n.fused for n in tree.level(d)] for tree in trees]
         np.testing.assert_allclose(level.numpy(), want, rtol=1e-7, atol=1e-9)
@@ -367,7 +382,7 @@ PRUNINGS = [(None, None), ("parent-top1", None), (1, None), (None, (3, 2)), ("pa
 def test_prune_keeps_the_oracles_edges(width, depth, chosen):
     forest, sampler, trees = case(steps=7, splits=(0, 2), chosen=chosen)
     _, out = rolled(forest, sampler, trees)
-    _, _, keep = credited(forest, trees, out, width=width, depth=depth)
+    _, keep = credited(forest, trees, out, width=width, depth=depth)
     for i, mask in enumerate(keep):
         assert mask.tolist() == [[e.kept for e in tree.level(i + 1)] for tree in trees], f"step {i}"
 
@@ -400,7 +415,7 @@ def test_gather_enumerates_the_trained_edges(prompts, width, depth, loss_weight,
     """Step by step, prompt by prompt, parent by parent: each trained parent once, each kept stochastic edge once."""
     forest, sampler, trees = case(steps=7, branch=3, splits=(0, 2), chosen=chosen)
     _, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out, width=width, depth=depth)
+    advantages, keep = credited(forest, trees, out, width=width, depth=depth)
     check_gather(out, forest, trees, keep, advantages, prompts, loss_weight)
 
 
@@ -410,7 +425,7 @@ def test_gather_takes_any_mask(share, chosen):
     """Some siblings kept and some not: a parent is trained while one is; deterministic edges never, even where kept."""
     forest, sampler, trees = case(steps=7, branch=3, splits=(0, 2), chosen=chosen)
     _, out = rolled(forest, sampler, trees)
-    _, advantages, _ = credited(forest, trees, out)
+    advantages, _ = credited(forest, trees, out)
     rng, keep = np.random.default_rng(0), []
     for i in range(7):
         for e in (e for tree in trees for e in tree.level(i + 1)):
@@ -425,13 +440,13 @@ def test_gather_counts_the_papers_tree():
     policy = Toy()
     out = rollout(policy, policy.encode(PROMPTS), forest, sampler, generators(0, 0, range(3)))
     rewards = torch.from_numpy(rewards_for(forest))
-    fused, advantages = credit(out, forest, rewards, 1.0, 5.0)
+    advantages = credit(out, forest, rewards, 1.0, 5.0)
     for width, depth, parents, edges in (
         (None, None, 187, 202),
         ("parent-top1", None, 115, 130),
         (None, (10, 5), 107, 122),
     ):
-        found = gather(out, forest, prune(forest, fused, width, depth), advantages, ALL, "edge")
+        found = gather(out, forest, prune(forest, rewards, width, depth), advantages, ALL, "edge")
         assert (len(found.x), len(found.child)) == (3 * parents, 3 * edges)
 
 
@@ -489,7 +504,7 @@ def edge_by_edge(policy, sampler, trees, prompts, loss_weight, clip, kl=0.0):
 def check_update(forest, sampler, trees, loss_weight, width, depth, micro_batches=(0, 1, 3), kl=0.0, prompts=(0, 1, 2)):
     """update() at moved parameters equals the loop over edges, at every micro-batch."""
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out, width=width, depth=depth)
+    advantages, keep = credited(forest, trees, out, width=width, depth=depth)
     policy.perturb(0.1)
     clip = 0.02
     want_loss, want, clipped, divergence = edge_by_edge(policy, sampler, trees, prompts, loss_weight, clip, kl)
@@ -538,7 +553,7 @@ def test_the_whole_pipeline_against_finite_differences():
     """Rollout, credit, pruning and loss of the oracle, in numpy; its gradient by central differences."""
     forest, sampler, trees = case(steps=6, kind="flow", eta=0.7)
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out, width="parent-top1", depth=(4, 1))
+    advantages, keep = credited(forest, trees, out, width="parent-top1", depth=(4, 1))
     policy.perturb(0.1)
     sigmas, theta = oracle.sigma_schedule(6, 3.0), policy.flat()
 
@@ -565,7 +580,7 @@ def test_every_depth_weighs_the_same_by_path(loss_weight):
     """Mean advantages are 0, so weigh |A|: with path weights step i's share of the weight is 1/steps, with edge n_{i+1}."""
     forest, sampler, trees = case(steps=6, branch=3)
     _, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out)
+    advantages, keep = credited(forest, trees, out)
     edges = gather(out, forest, keep, advantages, ALL, loss_weight)
     at = edges.step[edges.parent]
     shares = torch.tensor([edges.weight[at == i].sum() for i in range(5)]) / edges.weight.sum()
@@ -579,7 +594,7 @@ def test_a_step_weight_scales_the_loss_of_its_step(factor):
     """TempFlow-GRPO: the loss of its one step is multiplied by std_i / mean(std), so its gradient is, too."""
     forest, sampler, trees = case(splits=(2,), branch=4, chosen=())
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out)
+    advantages, keep = credited(forest, trees, out)
     plain = gather(out, forest, keep, advantages, ALL, "edge")
     weighted = gather(out, forest, keep, advantages, ALL, "edge", [1.0, 1.0, factor, 1.0, 0.0])
     _, want = step(policy, plain, sampler)
@@ -592,7 +607,7 @@ def test_step_weights_of_several_steps_are_the_oracles():
     """sum_e w_e f_step loss_e / sum_e w_e: the factors, of mean 1 over the steps, are no part of the count of edges."""
     forest, sampler, trees = case(kind="flow", eta=0.7)
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out)
+    advantages, keep = credited(forest, trees, out)
     policy.perturb(0.1)
     factors = [2.0, 1.0, 0.7, 0.3, 0.0]
     sigmas, velocities = oracle.sigma_schedule(5, 3.0), [policy.numpy(p) for p in PROMPTS]
@@ -607,7 +622,7 @@ def test_the_first_pass_has_ratio_1(kind, eta, density):
     """At the rollout's parameters rho = 1: nothing is clipped and the loss is minus the weighted mean advantage."""
     forest, sampler, trees = case(kind=kind, eta=eta, density=density)
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out, width="parent-top1")
+    advantages, keep = credited(forest, trees, out, width="parent-top1")
     edges = gather(out, forest, keep, advantages, ALL, "edge")
     log, _ = step(policy, edges, sampler, clip=1e-6)
     assert log["ratio_dev"] < 1e-9 and log["clip_frac"] == 0
@@ -621,7 +636,7 @@ def test_the_first_pass_has_ratio_1_in_float32():
     policy = Toy()
     out = rollout(policy, policy.encode(PROMPTS), forest, sampler, generators(0, 0, range(3)), 5)
     assert all(x.dtype == torch.float32 for x in out.latents)
-    fused, advantages = credit(out, forest, torch.from_numpy(rewards_for(forest)), 1.0, 5.0)
+    advantages = credit(out, forest, torch.from_numpy(rewards_for(forest)), 1.0, 5.0)
     edges = gather(out, forest, keep_chosen(forest, 3), advantages, ALL, "path")
     log, gradient = step(policy, edges, sampler, micro_batch=3)
     assert log["ratio_dev"] < 1e-6 and np.isfinite(gradient).all()
@@ -630,7 +645,7 @@ def test_the_first_pass_has_ratio_1_in_float32():
 def test_ratio_dev_is_the_largest_deviation():
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out)
+    advantages, keep = credited(forest, trees, out)
     edges = gather(out, forest, keep, advantages, ALL, "edge")
     for at, shift in ((0, 0.4), (5, -0.3), (len(edges.child) - 1, 0.2)):
         logp = edges.logp_old.clone()
@@ -646,7 +661,7 @@ def test_a_nan_advantage_stops_before_the_optimiser():
     """NonFinite, parameters bit for bit as before, optimiser state empty; so do an infinite log-prob and a NaN latent."""
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out)
+    advantages, keep = credited(forest, trees, out)
     edges = gather(out, forest, keep, advantages, ALL, "edge")
     for name, value in (("advantage", float("nan")), ("logp_old", -float("inf")), ("x", float("nan"))):
         broken = getattr(edges, name).clone()
@@ -667,7 +682,7 @@ def test_an_update_with_nothing_to_train_is_no_step(micro_batch):
     """A depth window and a timestep fraction may leave no edge: the parameters stay, the loss is 0."""
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out)
+    advantages, keep = credited(forest, trees, out)
     edges = gather(out, forest, [k & False for k in keep], advantages, ALL, "edge")
     log, moved = step(policy, edges, sampler, micro_batch=micro_batch)
     assert (log["loss"], log["ratio_dev"]) == (0, 0) and (moved == 0).all()
@@ -676,7 +691,7 @@ def test_an_update_with_nothing_to_train_is_no_step(micro_batch):
 def test_gradients_are_clipped_to_their_norm_and_reported_before():
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out)
+    advantages, keep = credited(forest, trees, out)
     edges = gather(out, forest, keep, advantages, ALL, "edge")
     log, free = step(policy, edges, sampler)
     norm = np.linalg.norm(free)
@@ -689,7 +704,7 @@ def test_updates_do_not_add_up_gradients():
     """Each update starts from zero: the same one twice, with the parameters put back, gives the same step."""
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out)
+    advantages, keep = credited(forest, trees, out)
     edges = gather(out, forest, keep, advantages, ALL, "edge")
     assert np.array_equal(step(policy, edges, sampler)[1], step(policy, edges, sampler)[1])
 
@@ -705,7 +720,7 @@ def test_without_a_split_below_the_root_it_is_flat_grpo(shape, loss_weight):
     forest, sampler, trees = case(s=float("inf"), **shape)
     policy, out = rolled(forest, sampler, trees)
     rewards = rewards_for(forest)
-    _, advantages = credit(out, forest, torch.from_numpy(rewards), 1.0, 5.0)
+    advantages = credit(out, forest, torch.from_numpy(rewards), 1.0, 5.0)
     policy.perturb(0.1)
     terms, sigmas = [], sampler.sigmas
     for p, prompt in enumerate(PROMPTS):
@@ -779,7 +794,7 @@ def test_two_processes_take_the_step_of_one(loss_weight):
     """Prompts 0 and 1 here, 2 there: counts run over both, so an edge weighs the same wherever it is."""
     forest, sampler, trees = case(steps=6)
     policy, out = rolled(forest, sampler, trees)
-    _, advantages, keep = credited(forest, trees, out, width="parent-top1")
+    advantages, keep = credited(forest, trees, out, width="parent-top1")
     policy.perturb(0.1)
     changed = {"clip": 0.02, "kl": 0.7, "micro_batch": 3}
     want_log, want = step(policy, gather(out, forest, keep, advantages, ALL, loss_weight), sampler, **changed)
@@ -801,3 +816,9 @@ def test_two_processes_take_the_step_of_one(loss_weight):
         np.testing.assert_allclose(gradient, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
         for name in ("loss", "ratio_dev", "kl", "grad_norm"):
             assert log[name] == pytest.approx(want_log[name], rel=1e-5), name
+
+
+def test_the_algorithm_needs_no_diffusers():
+    """Who reads or changes it needs torch alone: no model library is imported."""
+    code = "import branchgrpo, sys; assert not {'diffusers', 'transformers', 'accelerate', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(branchgrpo.__file__).parent)

@@ -299,7 +299,10 @@ BAD = [
     ("--splits 0,0", "without repeats"),
     ("--splits a", "whole numbers"),
     ("--branch 1", "at least 2"),
-    ("--splits 0,2 --leaves 16", "contradicts"),
+    ("--splits 0,2 --leaves 16", "make 1 x 2^2 = 4"),
+    ("--leaves 12", "make 1 x 2^4 = 16"),
+    ("--roots 16", "no step would be noisy"),
+    ("--roots 16 --flash 3", "no step would be noisy"),
     ("--leaves 4096", "do not fit"),
     ("--reward beauty", "no reward 'beauty'"),
     ("--reward ocr:0", "other than 0"),
@@ -390,6 +393,18 @@ def test_the_prompt_stream_is_a_permutation_each_epoch():
     assert sorted(stream[:7]) == prompts == sorted(stream[7:]) and stream[:7] != stream[7:]
     assert loop.prompts_at(prompts, 0, 5, 4) == stream[5:9]
     assert loop.prompts_at(prompts, 1, 0, 7) != stream[:7]
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_an_update_has_the_same_prompts_on_any_number_of_processes(updates):
+    o, prompts = SimpleNamespace(prompts_per_iteration=8, seed=0), [str(i) for i in range(20)]
+    found = []
+    for n in (1, 2, 4):
+        accelerators = [SimpleNamespace(num_processes=n, process_index=i) for i in range(n)]
+        each = [loop.own_prompts(o, a, prompts, 3) for a in accelerators]
+        share = 8 // n // updates  # as `iterate` divides them
+        found.append([sorted(p for mine in each for p in mine[k * share :][:share]) for k in range(updates)])
+    assert found[0] == found[1] == found[2] and sorted(sum(found[0], [])) == sorted(loop.prompts_at(prompts, 0, 24, 8))
 
 
 def credit_mixed(scores, weights, mix, width=None):

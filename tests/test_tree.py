@@ -387,8 +387,8 @@ def test_prompts_do_not_see_each_other(shape, seed):
 
     def everything(rewards, paths):
         fused = fuse(rewards, paths, forest, 1.0)
-        masks = keep_parent_top1(forest, fused) if forest.splits else []
-        masks = masks + (keep_extreme(forest, fused, 1) if forest.leaves >= 2 else [])
+        masks = keep_parent_top1(forest, fused[-1]) if forest.splits else []
+        masks = masks + (keep_extreme(forest, fused[-1], 1) if forest.leaves >= 2 else [])
         return fused + depth_advantages(fused) + [m.double() for m in masks]
 
     for a, b in zip(everything(rewards, paths), everything(rewards[order], paths[order])):
@@ -463,7 +463,7 @@ def test_parent_top1_is_the_oracles(shape, beta, seed):
         oracle.fuse(t, r.tolist(), beta)
         oracle.prune_parent_top1(t)
     fused = fuse(torch.from_numpy(rewards), paths, forest, beta)
-    assert equal_masks(keep_parent_top1(forest, fused), trees)
+    assert equal_masks(keep_parent_top1(forest, fused[-1]), trees)
 
 
 @many
@@ -475,7 +475,7 @@ def test_extreme_is_the_oracles(shape, data, seed):
     for t, r in zip(trees, rewards):
         oracle.fuse(t, r.tolist(), 0.0)
         oracle.prune_extreme(t, b)
-    assert equal_masks(keep_extreme(forest, flat_fused(forest, rewards), b), trees)
+    assert equal_masks(keep_extreme(forest, flat_fused(forest, rewards)[-1], b), trees)
 
 
 @many
@@ -494,7 +494,11 @@ def test_depth_window_is_the_oracles(shape, start, width):
 def test_no_pruning_touches_an_edge_at_or_before_the_last_split(shape, start, width, seed):
     forest = make_forest(*shape)
     fused = flat_fused(forest, np.random.default_rng(seed).normal(size=(2, forest.leaves)))
-    kinds = (keep_parent_top1(forest, fused), keep_extreme(forest, fused, 1), drop_window(forest, start, width, 2))
+    kinds = (
+        keep_parent_top1(forest, fused[-1]),
+        keep_extreme(forest, fused[-1], 1),
+        drop_window(forest, start, width, 2),
+    )
     for masks in kinds:
         assert all(m.all() for m in masks[: forest.last_split + 1])
 
@@ -506,7 +510,7 @@ def test_width_pruning_by_hand():
     """
     forest = make_forest(3, 2, (0, 1))
     fused = flat_fused(forest, [[1, 5, 7, 2]])
-    top1, extreme = keep_parent_top1(forest, fused), keep_extreme(forest, fused, 1)
+    top1, extreme = keep_parent_top1(forest, fused[-1]), keep_extreme(forest, fused[-1], 1)
     for masks in (top1, extreme):
         assert masks[0].tolist() == [[True] * 2] and masks[1].tolist() == [[True] * 4]
     assert top1[2].tolist() == [[False, True, True, False]]
@@ -517,11 +521,11 @@ def test_ties_go_by_leaf_index():
     """All equal: Parent-Top1 keeps every parent's first child; Extreme-b the first b as best, the last b as worst."""
     forest = make_forest(4, 3, (0, 1))
     fused = flat_fused(forest, [[2.0] * 9])
-    assert keep_parent_top1(forest, fused)[2].tolist() == [[True, False, False] * 3]
-    assert keep_extreme(forest, fused, 2)[2].tolist() == [[True] * 2 + [False] * 5 + [True] * 2]
+    assert keep_parent_top1(forest, fused[-1])[2].tolist() == [[True, False, False] * 3]
+    assert keep_extreme(forest, fused[-1], 2)[2].tolist() == [[True] * 2 + [False] * 5 + [True] * 2]
     partly = flat_fused(forest, [[1.0, 1, 0, 0, 1, 0, 0, 0, 1]])
-    assert keep_extreme(forest, partly, 2)[3].tolist() == [[True, True] + [False] * 4 + [True, True, False]]
-    assert keep_parent_top1(forest, partly)[3].tolist() == [
+    assert keep_extreme(forest, partly[-1], 2)[3].tolist() == [[True, True] + [False] * 4 + [True, True, False]]
+    assert keep_parent_top1(forest, partly[-1])[3].tolist() == [
         [True, False, False, False, True, False, False, False, True]
     ]
 
@@ -530,20 +534,20 @@ def test_many_ties_stay_in_order():
     """A sort that is not stable scrambles equal keys once there are more than a few; 64 leaves with two values."""
     forest = make_forest(3, 64, (0,))
     rewards = [[float(j % 2) for j in range(64)]]
-    assert keep_parent_top1(forest, flat_fused(forest, rewards))[2].nonzero()[:, 1].tolist() == [1]
-    kept = keep_extreme(forest, flat_fused(forest, rewards), 3)[2].nonzero()[:, 1].tolist()
+    assert keep_parent_top1(forest, flat_fused(forest, rewards)[-1])[2].nonzero()[:, 1].tolist() == [1]
+    kept = keep_extreme(forest, flat_fused(forest, rewards)[-1], 3)[2].nonzero()[:, 1].tolist()
     assert kept == [1, 3, 5, 58, 60, 62]
 
 
 def test_pruning_errors():
     forest, flat = make_forest(4, 2, (0, 1)), make_forest(4, 2, (), roots=4)
     fused = flat_fused(forest, [[1, 2, 3, 4]])
-    assert keep_extreme(forest, fused, 2)[-1].all()
+    assert keep_extreme(forest, fused[-1], 2)[-1].all()
     for b in (3, 0, -1):
         with pytest.raises(ValueError):
-            keep_extreme(forest, fused, b)
+            keep_extreme(forest, fused[-1], b)
     with pytest.raises(ValueError):
-        keep_parent_top1(flat, flat_fused(flat, [[1, 2, 3, 4]]))
+        keep_parent_top1(flat, flat_fused(flat, [[1, 2, 3, 4]])[-1])
 
 
 def test_both_keeps_what_all_keep():
@@ -572,7 +576,6 @@ def test_a_window_whose_last_start_lies_before_its_first_stays_at_the_first():
 
 def test_paper_windows():
     """Mix 4 of 20: starts 0..16, at every = 25 one later each 25 iterations. Depth 5: 10..14, so it ends at step 18."""
-    assert tree.mix_window_range(20, 4) == (0, 16)
     starts = [tree.window_start(0, 16, i, 300, 25) for i in (0, 24, 25, 49, 50, 299)]
     assert starts == [0, 0, 1, 1, 2, 11]
     forest = make_forest(*PAPER)
