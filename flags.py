@@ -23,7 +23,8 @@ TREE_FLAGS = ("branch", "splits", "roots", "branch_noise", "width_prune", "depth
 BARE = -1  # a flag given without its value
 MAY_CHANGE = (  # between a run and its resumption
     *("resume", "out", "eval_every", "save_every", "keep", "tracker", "device", "fsdp", "micro_batch", "compile"),
-    *("gradient_checkpointing", "text_offload", "text_cache", "tree_offload", "reward_offload"),
+    *("gradient_checkpointing", "text_offload", "text_cache", "tree_offload", "reward_offload", "reward_batch"),
+    *("reward_weights", "prompts", "eval_prompts"),  # where they lie; a hash of the prompts themselves is compared
 )
 
 

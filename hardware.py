@@ -193,7 +193,8 @@ def memory(o, gpus: int) -> dict[str, float]:
         "reward models": 0 if o.reward_offload else (2 if o.reward_dtype == "bf16" else 4) * of_rewards,
     }
     for name, n in arch.frozen.items():
-        found[name] = 0 if o.text_offload and name != "VAE" else half * n
+        each = 4 if name == "VAE" and "frames" in arch.shape else half  # Wan's VAE stays in float32
+        found[name] = 0 if o.text_offload and name != "VAE" else each * n
     found |= {
         "weights cast to bf16 for a step": half * trained if half == 2 and not o.fsdp else 0,
         "two blocks gathered, one reduced": (2 * half + half + 4) * arch.block if o.fsdp else 0,
@@ -210,6 +211,7 @@ def memory_while_encoding(o, found: dict[str, float]) -> float:
     """Bytes while --text-offload's encoders are on the GPU: they, and all that does not come with the first update."""
     early = ("weights, frozen", "weights, trained, fp32", "reference weights", "reward models", "VAE")
     encoders = sum(n for name, n in ARCHITECTURES[o.plan].frozen.items() if name != "VAE")
+    encoders += 32 * 512 * (3 * 10240 + 4 * 4096)  # what T5's widest layer makes of 32 prompts
     return sum(found[name] for name in early) + (2 if o.dtype == "bf16" else 4) * encoders
 
 

@@ -14,6 +14,7 @@ import resource
 import shutil
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +33,7 @@ import hardware
 import parallel
 import rewards as R
 from branchgrpo import NonFinite, Rollout, Sampler, credit, gather, generators, prune, rollout, sample_ode, update
-from flags import MAY_CHANGE, describe
+from flags import HERE, MAY_CHANGE, describe
 from schedules import noise_sharing, plan
 from sde import sigma_schedule
 from tree import Forest, count, effective_leaves
@@ -163,16 +164,10 @@ def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
     return [prompts[order[i // size][i % size]] for i in range(first, first + n)]
 
 
-def own_slots(o, accelerator: Accelerator) -> range:
-    """The prompts of an iteration that this process owns: every n-th, so that --updates are alike on any number of processes."""
-    return range(accelerator.process_index, o.prompts_per_iteration, accelerator.num_processes)
-
-
 def own_prompts(o, accelerator: Accelerator, prompts: list[str], iteration: int) -> list[str]:
-    """What this process trains on in an iteration."""
+    """Those of an iteration that this process owns: every n-th, so that --updates are alike on any number of processes."""
     n = o.prompts_per_iteration
-    stream = prompts_at(prompts, o.seed, iteration * n, n)
-    return [stream[i] for i in own_slots(o, accelerator)]
+    return prompts_at(prompts, o.seed, iteration * n, n)[accelerator.process_index :: accelerator.num_processes]
 
 
 def strip(pictures: Tensor, n: int = 3) -> Tensor:
@@ -223,8 +218,8 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     """One iteration: roll out, score, credit, prune, update; returns its row of metrics, and what histograms show."""
     o, acc, policy = run.o, run.accelerator, run.policy
     todo, lap = plan(o, iteration), stopwatch(acc.device)
-    sampler, forest, slots = run.sampler(todo.sigmas), todo.forest, own_slots(o, acc)
-    prompts = own_prompts(o, acc, run.prompts, iteration)
+    sampler, forest, prompts = run.sampler(todo.sigmas), todo.forest, own_prompts(o, acc, run.prompts, iteration)
+    slots = range(o.prompts_per_iteration)[acc.process_index :: acc.num_processes]
     cond = policy.encode(prompts)
     store = "cpu" if o.tree_offload else None
     out = rollout(policy, cond, forest, sampler, generators(o.seed, iteration, slots), o.micro_batch, store=store)
@@ -240,7 +235,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     for group in run.optimizer.param_groups:
         group["lr"] = row["lr"]
     stats = []
-    for part in torch.arange(len(slots)).chunk(o.updates):
+    for part in torch.arange(len(prompts)).chunk(o.updates):
         edges = gather(out, forest, keep, advantages, part, o.loss_weight, todo.step_weight)
         stats.append(update(policy, run.optimizer, acc, edges, cond, sampler, o))
         if run.ema:
@@ -302,7 +297,7 @@ def options_to_keep(o, prompts: list[str], heldout: list[str]) -> str:
 
 
 def start(script: str, job, argv: list[str] | None, finish) -> None:
-    """A script's main: what `job` makes of the flags is trained, or with --plan only counted; an error is one sentence, exit 2."""
+    """A script's main: what `job` makes of the flags is trained, or with --plan only counted; our errors are one sentence, exit 2."""
     try:
         o, *rest = job(argv)
         if o.plan:
@@ -310,6 +305,9 @@ def start(script: str, job, argv: list[str] | None, finish) -> None:
         else:
             main(o, *rest, finish)
     except (ValueError, NonFinite) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(where).resolve().parent != HERE.resolve():
+            raise  # a library's: where it happened matters
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -354,6 +352,7 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     if main_process:
         finish(run)
         print(json.dumps(summary(run)))
+    accelerator.wait_for_everyone()  # a node that leaves early may take the others' meeting point with it
 
 
 def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], prompts, heldout) -> Run:
@@ -385,7 +384,7 @@ def prepare(o, accelerator: Accelerator, load_policy, shape: tuple[int, ...], pr
         policy.remember([*dict.fromkeys(mine), *heldout[: o.eval_size + accelerator.num_processes]])
     run = Run(o, accelerator, policy, prompts, heldout, rewards, weights)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=o.lr, weight_decay=o.weight_decay)
-    run.ema = EMAModel(policy.trainable(), decay=o.ema) if o.ema else None
+    run.ema = EMAModel(policy.trainable(), decay=o.ema, min_decay=o.ema) if o.ema else None  # no warm-up
     if not o.fsdp:
         policy.transformer = accelerator.prepare(policy.transformer)
     run.optimizer = accelerator.prepare(optimizer)
@@ -473,12 +472,8 @@ def summary(run: Run) -> dict:
     evaluated = [r for r in run.history if "heldout_reward" in r]
     first, last, rows = evaluated[0], evaluated[-1], run.history[1:]
     seconds = sum(v for r in run.history for k, v in r.items() if k.startswith("seconds_"))
-    document = {
-        "reward_before": first["heldout_reward"],
-        "reward_after": last["heldout_reward"],
-        "exact_before": first.get("heldout_exact"),
-        "exact_after": last.get("heldout_exact"),
-    }
+    document = {"reward_before": first["heldout_reward"], "reward_after": last["heldout_reward"]}
+    document |= {"exact_before": first.get("heldout_exact"), "exact_after": last.get("heldout_exact")}
     for name in run.rewards:
         document |= {f"{name}_before": first[f"heldout_{name}"], f"{name}_after": last[f"heldout_{name}"]}
     return document | {

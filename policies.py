@@ -117,7 +117,7 @@ class Policy:
         self.reference = copy.deepcopy(pipe.transformer) if keep_reference and not lora else None
         if lora:
             config = LoraConfig(r=lora, lora_alpha=2 * lora, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # the same start on every process, whatever was drawn before
                 self.transformer.add_adapter(config)
         else:
@@ -309,6 +309,7 @@ class WanPolicy(Policy):
             raise ValueError(f"--frames must be a multiple of {fold}, plus 1, for this VAE, got {frames}")
         if pipe.transformer_2 is not None:
             raise ValueError("--model has a transformer for each noise range; only one can be trained here")
+        pipe.vae.float()  # as diffusers runs it: in bf16 videos lose detail
         super().__init__(pipe, **kwargs)
         self.guidance, self.guided, shrink = guidance, guidance != 1, pipe.vae_scale_factor_spatial
         channels, latent_frames = pipe.transformer.config.in_channels, (frames - 1) // fold + 1

@@ -15,6 +15,7 @@ import json
 import math
 import re
 import shlex
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -541,8 +542,8 @@ class VideoAlign(Scorer):
         """
         if videos.ndim != 5 or videos.shape[1] < 2:
             raise CannotScore("the videoalign reward needs videos of two frames or more")
-        if self.asked is None or self.asked[0] is not videos or self.asked[1] != prompts:
-            self.asked = videos, prompts, super().__call__(videos, prompts)
+        if self.asked is None or self.asked[0]() is not videos or self.asked[1] != prompts:
+            self.asked = weakref.ref(videos), prompts, super().__call__(videos, prompts)
         return self.asked[2]
 
     def frames(self, videos: np.ndarray) -> Tensor:

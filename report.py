@@ -79,8 +79,10 @@ def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, 
 
 
 def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns: int = 6, side: int = 96) -> None:
-    """before_after.mp4 and .gif: pairs of videos (B, F, 3, H, W), before on the left, each enlarged to `side` pixels."""
+    """before_after.mp4 and .gif: pairs of videos (B, F, 3, H, W), before on the left, each of about `side` pixels."""
     enlarge, columns = max(1, side // before.shape[-1]), min(columns, len(before))
+    shrink = max(1, before.shape[-1] // (2 * side))  # large videos are for a player of their own
+    before, after = before[..., ::shrink, ::shrink], after[..., ::shrink, ::shrink]
     pairs = torch.cat([before, F.pad(after, (2, 0), value=0.5)], -1)  # (B, F, 3, H, 2 W + 2)
     pairs = F.pad(pairs.flatten(0, 1), (1, 1, 1, 1), value=1.0).unflatten(0, pairs.shape[:2])
     pixels = R.to_uint8(pairs.flatten(0, 1)).reshape(*pairs.shape[:2], *pairs.shape[-2:], 3)

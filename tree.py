@@ -55,7 +55,7 @@ class Forest:
         if len(self.children) != len(self.chosen) or not self.children:
             raise ValueError("children and chosen need one entry a step, at least one")
         if self.roots < 1 or min(self.children) < 1:
-            raise ValueError("roots and children must be at least 1")
+            raise ValueError("--roots and children must be at least 1")
         for i in self.splits:
             if not self.stochastic(i):
                 raise ValueError(f"the split at step {i} is deterministic: its siblings would be equal")
@@ -115,12 +115,10 @@ def make_forest(steps: int, branch: int, splits: tuple[int, ...], roots: int = 1
     """A forest from its flags; `chosen` is a collection of steps, all of them by default; splits are always chosen.
 
     Raises:
-        ValueError: branch < 2, splits repeated, unordered or outside 0..T-2, roots < 1.
+        ValueError: branch < 2, splits repeated, unordered or outside 0..T-2; see Forest.
     """
     if branch < 2 and splits:
         raise ValueError(f"--branch must be at least 2, got {branch}")
-    if roots < 1:
-        raise ValueError(f"--roots must be at least 1, got {roots}")
     if list(splits) != sorted(set(splits)):
         raise ValueError(f"--splits must be increasing without repeats, got {','.join(map(str, splits))}")
     for i in splits:

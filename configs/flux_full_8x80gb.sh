@@ -6,5 +6,5 @@ exec torchrun --standalone --nproc_per_node "${GPUS:-8}" train_image.py --model 
     --prompts "${PROMPTS:-prompts.txt}" --height 720 --width 720 --steps 20 --method branchgrpo --depth-prune 5 --depth-every 30 \
     --eta 0.3 --prompts-per-iteration 8 --lr 1e-5 --lr-end 1 --ema 0.995 --iterations 300 \
     --reward hpsv2 --watch pickscore,imagereward --reward-weights "${WEIGHTS:-weights}" --reward-dtype bf16 \
-    --dtype bf16 --fsdp --micro-batch 2 --gradient-checkpointing --text-offload --text-cache text_cache \
+    --device cuda --dtype bf16 --fsdp --micro-batch 2 --gradient-checkpointing --text-offload --text-cache text_cache \
     --eval-size 64 --save-every 20 "$@"

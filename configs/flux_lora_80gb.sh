@@ -1,8 +1,8 @@
 #!/bin/sh
 # FLUX.1-dev with LoRA on one 80 GB GPU, the paper's tree at 720 x 720, rewarded by HPS v2.1.
-# Memory: 36.32 GiB of 74.5, by `sh configs/flux_lora_80gb.sh --plan flux1-dev --gpu h100`, which also says where it goes.
+# Memory: 37.76 GiB of 74.5, by `sh configs/flux_lora_80gb.sh --plan flux1-dev --gpu h100`, which also says where it goes.
 exec python train_image.py --model black-forest-labs/FLUX.1-dev --prompts "${PROMPTS:-prompts.txt}" \
     --height 720 --width 720 --steps 20 --prompts-per-iteration 4 --lora 64 --lr 3e-4 --ema 0.995 \
     --reward hpsv2 --watch pickscore,imagereward --reward-weights "${WEIGHTS:-weights}" --reward-dtype bf16 \
-    --dtype bf16 --micro-batch 2 --gradient-checkpointing --text-offload --text-cache text_cache \
-    --eval-size 64 --save-every 20 "$@"
+    --device cuda --dtype bf16 --micro-batch 2 --gradient-checkpointing --text-offload --text-cache text_cache \
+    --eval-size 64 --save-every 5 "$@"

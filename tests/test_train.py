@@ -407,6 +407,35 @@ def test_an_update_has_the_same_prompts_on_any_number_of_processes(updates):
     assert found[0] == found[1] == found[2] and sorted(sum(found[0], [])) == sorted(loop.prompts_at(prompts, 0, 24, 8))
 
 
+def test_the_average_of_weights_has_the_decay_it_was_given(tmp_path):
+    """From the first update on: no warm-up, which at .995 would last 1,800 updates."""
+    run = prepared("--ema 0.9", str(tmp_path))
+    weights, values, want = list(run.policy.trainable()), [1.0, 2.0, 4.0, 8.0], 1.0
+    for value in values:
+        weights[0].data.fill_(value)
+        run.ema.step(weights)
+    for value in values[1:]:
+        want = 0.9 * want + 0.1 * value
+    torch.testing.assert_close(run.ema.shadow_params[0], torch.full_like(weights[0], want).data)
+
+
+def test_an_error_of_a_library_keeps_its_traceback():
+    """Ours are one sentence; where another's happened must not be lost."""
+    with pytest.raises(json.JSONDecodeError):
+        loop.start("script", lambda argv: json.loads("{"), [], None)
+
+
+def test_files_may_move_before_a_resumption_but_not_change(tmp_path):
+    o = SimpleNamespace(resume=None, out=str(tmp_path), lr=1e-4, prompts="a.txt", reward_batch=32)
+    (tmp_path / "options.json").write_text(loop.options_to_keep(o, ["a", "b"], ["c"]))
+    moved = SimpleNamespace(**vars(o) | {"resume": "", "prompts": "b.txt", "reward_batch": 4})
+    loop.options_to_keep(moved, ["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="prompts"):
+        loop.options_to_keep(moved, ["a", "d"], ["c"])
+    with pytest.raises(ValueError, match="--lr"):
+        loop.options_to_keep(SimpleNamespace(**vars(moved) | {"lr": 1e-3}), ["a", "b"], ["c"])
+
+
 def credit_mixed(scores, weights, mix, width=None):
     forest = make_forest(4, 2, (0, 1))
     out = Rollout([torch.zeros(2, n, 1) for n in forest.sizes], [torch.zeros(2, n) for n in forest.sizes[1:]], [])
