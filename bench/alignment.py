@@ -44,7 +44,7 @@ def flags_of(setting: tuple) -> str:
 
 
 def seconds_an_iteration(arms: list[str], tuned: dict, o, rounds: int = 3) -> dict[str, float]:
-    """Policy seconds (rollout and training) an iteration of each arm alone, over a whole sweep of its window; median of rounds."""
+    """Policy seconds (rollout and training) an iteration of each arm alone, over its window's places but the first; median."""
     seconds = {arm: [] for arm in arms}
     for i in range(rounds):
         for arm in arms:
