@@ -76,6 +76,8 @@ MUTANTS = [
         "branch_noise(x.shape[1], k, shape, math.inf, g)",
     ),
     ("branchgrpo", "for i in filter(forest.stochastic, range(forest.steps)):", "for i in range(forest.steps - 1):"),
+    ("branchgrpo", "k & (i in trained_steps or", "k & (i not in trained_steps or"),
+    ("branchgrpo", "k & (i in trained_steps or not forest.stochastic(i))", "k & (i in trained_steps)"),
     ("branchgrpo", "mask = keep[i][prompts]", "mask = torch.ones_like(keep[i])[prompts]"),
     ("branchgrpo", "cumsum(0).view_as(trained) - 1  #", "cumsum(0).view_as(trained)  #"),
     ("branchgrpo", "1 / forest.sizes[i + 1] if loss_weight", "1 / forest.sizes[i] if loss_weight"),

@@ -434,6 +434,17 @@ def test_gather_takes_any_mask(share, chosen):
     check_gather(out, forest, trees, keep, advantages, [0, 1, 2], "edge")
 
 
+def test_steps_that_are_not_trained_lose_their_stochastic_edges():
+    """Of steps 0..5 with 0, 2, 4 stochastic (and 5, chosen but the last): 2 is dropped, deterministic ones stay chosen or not."""
+    forest = make_forest(6, 2, (0, 2), chosen={4, 5})
+    rewards = torch.zeros(1, forest.leaves)
+    kept = [bool(k.all()) for k in prune(forest, rewards, None, None, {0, 4})]
+    assert kept == [True, False, False, False, True, True]
+    assert all(
+        torch.equal(a, b) for a, b in zip(prune(forest, rewards, 1, None), prune(forest, rewards, 1, None, {0, 2, 4}))
+    )
+
+
 def test_gather_counts_the_papers_tree():
     """T = 20, splits 0, 3, 6, 9, 3 prompts: 187 parents and 202 edges each; 115 and 130 after Parent-Top1."""
     forest, sampler, trees = case(steps=20, splits=(0, 3, 6, 9))
