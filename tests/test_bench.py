@@ -41,6 +41,27 @@ def test_results_are_what_the_json_says():
     assert (HERE / "RESULTS.md").read_text() == results.document()
 
 
+def test_the_figures_of_the_readme_are_the_benchmarks():
+    """Whatever README takes from a benchmark is what its JSON says."""
+    text = " ".join((HERE / "README.md").read_text().split())
+    found = {name: results.loaded(name) for name in ("timing", "overhead")}
+    ratio = {name: f"{r['ratio']:.2f}".lstrip("0") for name, r in found["timing"]["rows"].items()}
+    flash, many = ratio["Mix, splits alone, flash 4"], ratio["Mix, splits alone, flash 4, 81"]
+    cost = {name: np.median(values) for name, values in found["overhead"]["ratios"].items()}
+    rate = found["overhead"]["leaves_a_second"]
+    for words in (
+        f"BranchGRPO {ratio['BranchGRPO']}, with width pruning {ratio['+ width (Parent-Top1)']}, with depth pruning"
+        f" {ratio['+ depth, window 5']}, Mix {ratio['Mix, window 4']}, its splits alone {ratio['Mix, splits alone']},"
+        f" with a flash tail {flash}; of 81 leaves {many}.",
+        f"costs {cost['rollout over bare calls']:.2f} times the bare model calls in rollout and"
+        f" {cost['training over bare forward and backward']:.2f} times in training",
+        f"an iteration is {cost['one node at a time, iteration']:.1f} times faster",
+        f"score {rate['2'] / rate['1']:.2f} times as many leaves a second",
+    ):
+        assert words in text, words
+    assert all(r["ratio"] <= 1.10 * r["ratio_counted"] for r in found["timing"]["rows"].values())
+
+
 def test_the_commands_for_gpus_parse():
     """RESULTS.md's script: every flag is known and goes with the others."""
     script = results.on_gpus().partition("```sh\n")[2].partition("```")[0]
