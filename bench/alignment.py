@@ -10,7 +10,7 @@ Rule        Same leaves, same updates, same prompts. Each arm runs at its own be
             by successive halving on prompts that are neither trained on nor tested on. Median over seeds and each seed's
             value are reported; a seed that never reaches the mark counts as "not reached".
 
-    python bench/alignment.py            # 2 hours on 2 cores; resumes where it was stopped
+    python bench/alignment.py            # 2.2 hours on 2 cores; resumes where it was stopped
     python bench/alignment.py --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4 \\
         --flags "--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144"                                   # 1.2 hours
 """

@@ -44,11 +44,13 @@ def test_results_are_what_the_json_says():
 def test_the_figures_of_the_readme_are_the_benchmarks():
     """Whatever README takes from a benchmark is what its JSON says."""
     text = " ".join((HERE / "README.md").read_text().split())
-    found = {name: results.loaded(name) for name in ("timing", "overhead")}
+    found = {name: results.loaded(name) for name in ("timing", "overhead", "alignment")}
     ratio = {name: f"{r['ratio']:.2f}".lstrip("0") for name, r in found["timing"]["rows"].items()}
     flash, many = ratio["Mix, splits alone, flash 4"], ratio["Mix, splits alone, flash 4, 81"]
     cost = {name: np.median(values) for name, values in found["overhead"]["ratios"].items()}
-    rate = found["overhead"]["leaves_a_second"]
+    rate, arms = found["overhead"]["leaves_a_second"], found["alignment"]["table"]
+    best, width = arms["BranchGRPO-Mix, splits alone, flash"], arms["BranchGRPO + width"]
+    per_update = best["seconds_an_update"] / arms["DanceGRPO"]["seconds_an_update"]
     for words in (
         f"BranchGRPO {ratio['BranchGRPO']}, with width pruning {ratio['+ width (Parent-Top1)']}, with depth pruning"
         f" {ratio['+ depth, window 5']}, Mix {ratio['Mix, window 4']}, its splits alone {ratio['Mix, splits alone']},"
@@ -56,6 +58,10 @@ def test_the_figures_of_the_readme_are_the_benchmarks():
         f"costs {cost['rollout over bare calls']:.2f} times the bare model calls in rollout and"
         f" {cost['training over bare forward and backward']:.2f} times in training",
         f"an iteration is {cost['one node at a time, iteration']:.1f} times faster",
+        f"takes {per_update:.2f}".replace("0.", ".") + " of the policy seconds an update",
+        "and ends {:+.3f} [{:+.3f}, {:+.3f}] away".format(*best["final_minus_dance"]),
+        f"final reward in {best['median_share']:.2f}".replace("0.", ".") + " of its",
+        "ends lower, {:+.3f} [{:+.3f}, {:+.3f}]".format(*width["final_minus_dance"]),
         f"score {rate['2'] / rate['1']:.2f} times as many leaves a second",
     ):
         assert words in text, words
