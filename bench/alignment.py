@@ -134,18 +134,19 @@ def compare(results: dict) -> dict:
 
 def draw(document: dict):
     """Held-out reward against updates, model evaluations and policy seconds: mean over seeds, and their range."""
-    figure = plt.figure(figsize=(13, 4))
+    figure = plt.figure(figsize=(13, 4.8))
     axes = figure.subplots(1, 3, sharey=True)
     for ax, key, label in zip(
         axes, ("iteration", "nfe", "seconds"), ("updates", "model evaluations", "policy seconds")
     ):
-        for (arm, curves), colour in zip(document["curves"].items(), common.COLOURS):
+        for n, (arm, curves) in enumerate(document["curves"].items()):
             x, y = curves[0][key], np.array([c["reward"] for c in curves])
-            ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, lw=0)
-            ax.plot(x, y.mean(0), color=colour, label=arm)
+            colour, style = common.COLOURS[n % len(common.COLOURS)], "-" if n < len(common.COLOURS) else "--"
+            ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.08, lw=0)
+            ax.plot(x, y.mean(0), color=colour, ls=style, lw=2, label=arm)
         ax.set_xlabel(label)
     axes[0].set_ylabel("held-out reward (mean and range of seeds)")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
     return figure
 
 
