@@ -55,7 +55,7 @@ class Forest:
         if len(self.children) != len(self.chosen) or not self.children:
             raise ValueError("children and chosen need one entry a step, at least one")
         if self.roots < 1 or min(self.children) < 1:
-            raise ValueError("--roots and children must be at least 1")
+            raise ValueError("--roots must be at least 1, and so must every number of children")
         for i in self.splits:
             if not self.stochastic(i):
                 raise ValueError(f"the split at step {i} is deterministic: its siblings would be equal")
