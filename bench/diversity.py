@@ -1,6 +1,7 @@
-"""Are tree samples distributed as sequential ones, and how much diversity do shared prefixes cost?
+"""Are tree samples distributed as sequential ones, how much diversity do shared prefixes cost, and what does a flash tail change?
 
 Question    MMD^2 between tree and sequential samples, against the null of two sequential sets; KID; distance between siblings.
+            The pictures and rewards of `--flash N` against those of the whole tail, from the same noises.
 Hypothesis  One leaf of each of many trees cannot be told from sequential samples (every child is marginally a plain SDE step); all
             leaves together differ, since they share ancestors: MMD^2 at most .019 in the paper's protocol.
 Metric      Unbiased MMD^2 (Gretton et al. 2012, Lemma 6, equation 4) with a Gaussian kernel exp(-d^2 / 2 h^2), h the median distance
@@ -8,7 +9,8 @@ Metric      Unbiased MMD^2 (Gretton et al. 2012, Lemma 6, equation 4) with a Gau
             from exchanging the labels of pairs of one prompt at random: valid where all samples of a prompt are independent.
             Features: pixels (blocks of 4 x 4), the OCR model's outputs, and of every CLIP model that --reward or --watch
             names its picture features. Within a prompt: mean pairwise distance of a tree's leaves over that of as many sequential
-            samples, with Student's interval over prompts.
+            samples, with Student's interval over prompts. Tails (noise at the splits alone): distance to the picture of a tail of
+            50 second-order steps, over that of two pictures of a prompt; reward minus that of the whole Euler tail.
 Rule        One leaf a tree, drawn at random: p above .05. Positive controls that must be rejected: split noise times 4 with the
             density as it was, and eta raised by a fifth. Steps are the paper's, "dance", whose pictures depend on eta (in
             few steps its samples end noisier than the noise level); "cps" keeps marginals at any eta, so that the second
@@ -29,11 +31,12 @@ from tqdm import tqdm
 
 import loop
 from branchgrpo import Sampler, generators, rollout
-from rewards import to_uint8
+from rewards import score, to_uint8
 from sde import sigma_schedule
 from tree import make_forest
 
 KEY = 2**31 + 3  # of the noises
+EXACT = 50  # second-order steps of a tail that stands for the ODE's solution
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,22 @@ def samples(run, spaces: dict, forest, sampler: Sampler, first: int, n: int, eve
     found, rng = {space: [] for space in spaces}, np.random.default_rng(first)
     for start in range(first, first + n, 16):
         numbers = range(start, min(start + 16, first + n))
-        cond = run.policy.encode([run.prompts[(i - first) % len(run.prompts)] for i in numbers])
+        prompts = [run.prompts[(i - first) % len(run.prompts)] for i in numbers]
+        cond = run.policy.encode(prompts)
         leaves = rollout(run.policy, cond, forest, sampler, generators(KEY, 0, numbers), run.o.micro_batch).latents[-1]
         if not every:
             drawn = torch.from_numpy(rng.integers(forest.leaves, size=len(numbers)))
             leaves = leaves[torch.arange(len(numbers)), drawn][:, None]
         pictures = loop.strip(run.policy.decode(leaves.flatten(0, 1)))
         for space, features in spaces.items():
-            found[space].append(features(pictures).reshape(*leaves.shape[:2], -1))
+            found[space].append(
+                features(pictures, [p for p in prompts for _ in leaves[0]]).reshape(*leaves.shape[:2], -1)
+            )
     found = {space: np.concatenate(rows) for space, rows in found.items()}
     return found if every else {space: x[:, 0] for space, x in found.items()}
 
 
-def pixel_features(pictures: torch.Tensor) -> np.ndarray:
+def pixel_features(pictures: torch.Tensor, prompts: list[str]) -> np.ndarray:
     """(n, 3, H, W) -> (n, d): means over blocks of 4 x 4."""
     return F.avg_pool2d(pictures, 4).flatten(1).double().numpy()
 
@@ -78,7 +84,7 @@ def ocr_features(run):
     """The recogniser's outputs before any choice of letters: log-probabilities at its positions, every 17th."""
     session = run.rewards["ocr"].recogniser.session
 
-    def features(pictures: torch.Tensor) -> np.ndarray:
+    def features(pictures: torch.Tensor, prompts: list[str]) -> np.ndarray:
         rows = []
         for part in pictures.split(64):
             bgr = torch.from_numpy(np.ascontiguousarray(to_uint8(part)[..., ::-1])).permute(0, 3, 1, 2).float()
@@ -94,10 +100,44 @@ def clip_features(scorer):
     """Picture features of length 1 of a preference model of the CLIP family."""
 
     @torch.no_grad()
-    def features(pictures: torch.Tensor) -> np.ndarray:
+    def features(pictures: torch.Tensor, prompts: list[str]) -> np.ndarray:
         return torch.cat([scorer.image_features(to_uint8(x)) for x in pictures.split(32)]).double().cpu().numpy()
 
     return features
+
+
+def reward_features(run):
+    """Every reward of the run, one a column: not a space to measure distances in."""
+
+    def features(pictures: torch.Tensor, prompts: list[str]) -> np.ndarray:
+        return torch.stack(list(score(run.rewards, pictures, prompts).values()), 1).double().cpu().numpy()
+
+    return features
+
+
+def tails(o, run, spaces: dict, n: int) -> dict[str, dict]:
+    """What a shorter tail changes, from the same noises: name -> model calls, distances to the exact picture, reward differences."""
+    options, found = run.o, {}
+    before = max(options.splits) + 1  # steps before the tail, noisy at the splits alone
+    euler = f"Euler, {options.steps - before} steps"
+    steps = {"exact": EXACT, "other": EXACT, euler: options.steps - before} | {f"--flash {k}": k for k in (4, 3, 2, 1)}
+    x = {}
+    for name, k in tqdm(steps.items(), desc="tails", file=sys.stderr):
+        forest = make_forest(before + k, 2, (), chosen=options.splits)
+        sigmas = sigma_schedule(options.steps, options.shift, (before, k))
+        args = (forest, Sampler(sigmas, options.sde, options.eta, flash=name != euler), n * (name == "other"), n, False)
+        every = spaces | {"rewards": reward_features(run)}
+        x[name] = common.kept(
+            o, "diversity", f"tail {name}, {n}", lambda args=args, every=every: samples(run, every, *args)
+        )
+    for name in list(steps)[2:]:
+        minus = (x[name]["rewards"] - x[euler]["rewards"]).T
+        found[name] = {"model_calls": before + steps[name], "distance": {}}
+        found[name]["reward_minus_euler"] = {r: common.interval(d) for r, d in zip(run.rewards, minus)}
+        for space in spaces:
+            own, between = (np.linalg.norm(v - x["exact"][space], axis=1) for v in (x[name][space], x["other"][space]))
+            found[name]["distance"][space] = float(own.mean() / between.mean())
+    return found
 
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -215,7 +255,15 @@ def main() -> None:
             print(f"  {name:<30}{r['mmd2']:10.5f}{r['p']:8.3f}{r['null_95']:11.5f}{r['kid']:10.5f}")
         shown = ", ".join("s = {}: {:.3f} [{:.3f}, {:.3f}]".format(s, *v) for s, v in within[space].items())
         print(f"  distance within a prompt, over sequential: {shown}")
-    common.finish("diversity", o, {"features": found, "within": within, "n": n}, draw)
+    found_tails = tails(o, run, spaces, n)
+    print(f"{'tail':<16}{'calls':>6}   distance to the exact picture, over that of two pictures; reward minus Euler's")
+    for name, r in found_tails.items():
+        shown = ", ".join(f"{space} {v:.3f}" for space, v in r["distance"].items())
+        shown += "; " + ", ".join(
+            "{} {:+.4f} [{:+.4f}, {:+.4f}]".format(k, *v) for k, v in r["reward_minus_euler"].items()
+        )
+        print(f"{name:<16}{r['model_calls']:6d}   {shown}")
+    common.finish("diversity", o, {"features": found, "within": within, "tails": found_tails, "n": n}, draw)
 
 
 if __name__ == "__main__":
