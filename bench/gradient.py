@@ -2,7 +2,8 @@
 
 Question    How noisy is one iteration's gradient, and does it point where the raw reward rises?
 Hypothesis  A tree costs less an estimate but its leaves are correlated; noise between splits, which no advantage of Eq. 4 can tell
-            apart, adds variance, so that noise at the splits alone gives more signal for a model evaluation.
+            apart, adds variance, so that noise at the splits alone gives more signal for a model evaluation. Pruning saves
+            units; by depth it drops a part of the signal, by width it keeps edges because of their rewards, which biases.
 Metric      For a frozen policy, over many trials, each a rollout of a prompt of its own: relative noise tr Cov(g) / |E g|^2; the
             same times the cost in units (a forward; a backward is 2): units to a signal-to-noise ratio of 1; the cosine of E g with
             the reference, from products of different trials alone, so that noise biases neither. The reference is REINFORCE on
@@ -23,10 +24,10 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from branchgrpo import Sampler, gather, generators, rollout, update
+from branchgrpo import Sampler, gather, generators, prune, rollout, update
 from rewards import score, weighted_sum
 from sde import sigma_schedule
-from tree import count, depth_advantages, fuse, keep_chosen, make_forest
+from tree import count, depth_advantages, depth_window_range, fuse, make_forest
 
 KEY, BLOCKS = 2**31 + 2, 8  # of the noises; of trials, for the jackknife
 
@@ -53,10 +54,12 @@ def unfused(out, forest, rewards):
     return depth_advantages([rewards[:, :: forest.leaves // n].double() for n in forest.sizes])
 
 
-ARMS = {  # name -> is it a tree? credit, loss weight, the reference it estimates
+ARMS = {  # name -> is it a tree? credit, loss weight, the reference it estimates, pruning
     "all steps noisy, independent": (False, group, "path", "all"),
     "all steps noisy, tree": (True, branch, "path", "all"),
     "all steps noisy, tree, every edge the same weight (Eq. 5)": (True, branch, "edge", "all"),
+    "the same, width-pruned": (True, branch, "edge", "all", {"width": "parent-top1"}),
+    "the same, depth-pruned": (True, branch, "edge", "all", {"depth": 0.25}),
     "all steps noisy, tree, group advantage": (True, group, "path", "all"),
     "all steps noisy, tree, no fusion": (True, unfused, "path", "all"),
     "splits noisy, independent": (False, group, "path", "splits"),
@@ -66,23 +69,25 @@ ARMS = {  # name -> is it a tree? credit, loss weight, the reference it estimate
 }
 
 
-def gradients(run, tree: bool, credit, weight: str, noisy: str, trials: range, bar):
-    """One gradient (parameters,) for each trial, and its cost in units."""
-    options = run.o
+def gradients(run, trials: range, bar, tree: bool, credit, weight: str, noisy: str, pruning: dict | None = None):
+    """One gradient (parameters,) for each trial, and its cost in units; a depth window, a share of T, takes its places in turn."""
+    options, width, depth = run.o, (pruning or {}).get("width"), round((pruning or {}).get("depth", 0) * run.o.steps)
     shape = {"splits": options.splits} if tree else {"splits": (), "roots": options.leaves}
     forest = make_forest(options.steps, options.branch, **shape, chosen=options.splits if noisy == "splits" else None)
     noise = options.branch_noise if tree else float("inf")
     sampler = Sampler(sigma_schedule(options.steps, options.shift), options.sde, options.eta, noise)
     still = SimpleNamespace(zero_grad=lambda set_to_none: run.policy.transformer.zero_grad(), step=lambda: None)
     o = SimpleNamespace(clip=1e9, kl=0.0, micro_batch=options.micro_batch, max_grad_norm=0.0)
-    units = count(forest)["forwards"] + 3 * count(forest)["trained_parents"]
+    first, last = depth_window_range(forest, depth) if depth else (0, 0)
     for trial in trials:
         prompt = run.prompts[trial % len(run.prompts)]
         cond = run.policy.encode([prompt])
         out = rollout(run.policy, cond, forest, sampler, generators(KEY, trial, range(1)), options.micro_batch)
         pictures = run.policy.decode(out.latents[-1].flatten(0, 1))
         rewards = weighted_sum(score(run.rewards, pictures, [prompt] * forest.leaves), run.weights)[None]
-        keep = keep_chosen(forest, 1)
+        window = (first + trial % (last - first + 1), depth) if depth else None
+        keep = prune(forest, rewards, width, window)
+        units = count(forest, keep)["forwards"] + 3 * count(forest, keep)["trained_parents"]
         edges = gather(out, forest, keep, credit(out, forest, rewards), torch.arange(1), weight)
         update(run.policy, still, run.accelerator, edges, cond, sampler, o)
         bar.update()
@@ -171,7 +176,7 @@ def main() -> None:
                 o,
                 "gradient",
                 f"{name}, {len(trials)}",
-                lambda: of(sums(gradients(run, *arm, trials, bar), len(trials))),
+                lambda: of(sums(gradients(run, trials, bar, *arm), len(trials))),
             )
 
         for noisy in ("all", "splits"):  # on prompts that no arm has
@@ -179,9 +184,9 @@ def main() -> None:
             references[noisy] = m | products(m, m)
         print(f"{'':<58}{'units':>7}{'noise':>10}{'units to signal':>17}{'cosine':>9}")
         for name, arm in ARMS.items():
-            reference = references[arm[-1]]
+            reference = references[arm[3]]
             m = kept(name, range(n), *arm, of=lambda m, reference=reference: products(m, reference))
-            rows[name] = {"noisy": arm[-1], "units": m["units"], "trials": n} | compared(m, reference)
+            rows[name] = {"noisy": arm[3], "units": m["units"], "trials": n} | compared(m, reference)
             numbers = f"{m['units']:7d}"
             if row := rows[name]["cosine"]:
                 noise, units = rows[name]["relative_noise"][0], rows[name]["units_to_signal"][0]
