@@ -1,6 +1,6 @@
 # make demo   trains the embedded model and shows that it improved
 # make test   runs the tests;  make mutants  plants faults and expects the tests to notice each
-# make bench  measures everything in RESULTS.md (hours);  make bench-smoke  the same in seconds
+# make bench  measures RESULTS.md but for its video section (6 hours);  make bench-smoke  the same in seconds
 # make reference   proves the preference rewards equal to their official packages (6 GB, an environment of their own);
 #                  VideoAlign is cloned from GitHub, or taken from where VIDEOALIGN says
 PYTHON ?= python3

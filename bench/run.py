@@ -1,6 +1,7 @@
 """Runs every benchmark in turn at its documented size, or with --smoke in seconds; a finished one is not repeated.
 
 python bench/run.py                  # what `make bench` runs: under 6 hours on 2 cores; stop it and start it again as you like
+python bench/run.py --video          # the comparison of video methods too, one more hour
 python bench/run.py --smoke          # what `make bench-smoke` runs
 """
 
@@ -27,17 +28,18 @@ HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> h
     "alignment --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4"
     " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 1.1,
 }
-ONLY_LARGE = "alignment --video"  # no smoke of its own
 
 
 def main() -> None:
     """Run them, then write RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--smoke", action="store_true", help="each in seconds, into runs/smoke")
+    only.add_argument("--video", action="store_true", help="the video methods too, which have no smoke of their own")
     o = parser.parse_args()
     done = ROOT / "runs/bench"
     done.mkdir(parents=True, exist_ok=True)
-    names, failed = [n for n in HOURS if not (o.smoke and n.startswith(ONLY_LARGE))], []
+    names, failed = [n for n in HOURS if o.video or "--video" not in n], []
     with tqdm(total=round(sum(HOURS[n] for n in names), 2), unit="h", desc="benchmarks", file=sys.stderr) as bar:
         for name in names:
             script, *flags = shlex.split(name)

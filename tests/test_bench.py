@@ -24,8 +24,11 @@ import timing  # noqa: E402
 import train_image  # noqa: E402
 import train_video  # noqa: E402
 
+QUICK = ("nfe", "timing", "evaluate", "diversity", "gradient", "overhead")
+LONG = ("alignment", "ablation", "scaling")  # they train, a minute or two each
 
-@pytest.mark.parametrize("name", ["nfe", "timing", "evaluate", "diversity", "gradient", "overhead"])
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LONG)])
 def test_smoke(name):
     done = subprocess.run(
         [sys.executable, HERE / f"bench/{name}.py", "--smoke"], capture_output=True, text=True, cwd=HERE
