@@ -74,7 +74,7 @@ def main() -> None:
     seeds, iterations = (2, 2) if o.smoke else (o.seeds, o.iterations)
     groups = dict(list(GROUPS.items())[4:5]) if o.smoke else GROUPS
     shared = f" --leaves 16 --lr 1e-4 --lr-end 1 --iterations {iterations} --eval-every {max(1, iterations // 6)}"
-    shared += " --eval-size 8 --prompts-per-iteration 1" if o.smoke else ""
+    shared += " --eval-size 8 --prompts-per-iteration 1" if o.smoke else " --eval-size 128"
     tasks = {
         f"{f} seed {s}": f"{f}{shared} --seed {s}"
         for g in groups.values()

@@ -11,12 +11,13 @@ Metric      Unbiased MMD^2 (Gretton et al. 2012, Lemma 6, equation 4) with a Gau
             names its picture features. Within a prompt: mean pairwise distance of a tree's leaves over that of as many sequential
             samples, with Student's interval over prompts. Tails (noise at the splits alone): distance to the picture of a tail of
             50 second-order steps, over that of two pictures of a prompt; reward minus that of the whole Euler tail.
-Rule        One leaf a tree, drawn at random: p above .05. Positive controls that must be rejected: split noise times 4 with the
-            density as it was, and eta raised by a fifth. Steps are the paper's, "dance", whose pictures depend on eta (in
-            few steps its samples end noisier than the noise level); "cps" keeps marginals at any eta, so that the second
-            control could not be rejected (LAB.md).
+Rule        One leaf a tree, drawn at random: p above .05, of the mean over four independent pairs of sets. Positive controls that
+            must be rejected by one pair: split noise times 4 with the density as it was, and eta raised by a fifth. Steps are
+            dance 1.6, the best of most arms of alignment.py, whose pictures depend on eta (in few steps its samples end noisier
+            than the noise level); with "cps", which keeps marginals at any eta, and with dance .7 the second control is not
+            rejected (LAB.md).
 
-    python bench/diversity.py            # 10 minutes on one core
+    python bench/diversity.py            # 20 minutes on one core
 """
 
 import sys
@@ -153,22 +154,27 @@ def paired(k: np.ndarray) -> np.ndarray:
     return h
 
 
-def compare(x: np.ndarray, y: np.ndarray, width: float, permutations: int) -> dict:
-    """Unbiased MMD^2 of paired samples with its p-value, and KID.
+def compare(pairs: list[tuple[np.ndarray, np.ndarray]], width: float, permutations: int) -> dict:
+    """Unbiased MMD^2 of paired samples, the mean of several pairs of sets, with its p-value, and KID.
 
     x_i and y_i share a prompt, so their labels may be exchanged: then h_ij changes its sign with each of i and j.
 
     Args:
-        x, y: (n, d) features.
+        pairs: of (n, d) features x and y.
         width: h of the kernel.
     """
-    z, n, rng = np.concatenate([x, y]), len(x), np.random.default_rng(0)
-    h, cubic = map(paired, (np.exp(-squared_distances(z, z) / (2 * width**2)), (z @ z.T / z.shape[1] + 1) ** 3))
-    signs = rng.choice([-1.0, 1.0], (permutations, n))
-    null = ((signs @ h) * signs).sum(1) / (n * (n - 1))
-    found = float(h.sum()) / (n * (n - 1))
-    p = float(1 + (null >= found).sum()) / (1 + permutations)
-    return {"mmd2": found, "p": p, "null_95": float(np.quantile(null, 0.95)), "kid": float(cubic.sum()) / (n * (n - 1))}
+    found, kid, null, rng = [], [], [], np.random.default_rng(0)
+    for x, y in pairs:
+        z, n = np.concatenate([x, y]), len(x)
+        h, cubic = map(paired, (np.exp(-squared_distances(z, z) / (2 * width**2)), (z @ z.T / z.shape[1] + 1) ** 3))
+        signs = rng.choice([-1.0, 1.0], (permutations, n))
+        null.append(((signs @ h) * signs).sum(1) / (n * (n - 1)))
+        found.append(float(h.sum()) / (n * (n - 1)))
+        kid.append(float(cubic.sum()) / (n * (n - 1)))
+    each = [float(1 + (b >= a).sum()) / (1 + permutations) for a, b in zip(found, null)]
+    mmd2, null, kid = float(np.mean(found)), np.mean(null, 0), float(np.mean(kid))
+    p = float(1 + (null >= mmd2).sum()) / (1 + permutations)
+    return {"mmd2": mmd2, "p": p, "null_95": float(np.quantile(null, 0.95)), "kid": kid, "each_p": each}
 
 
 def distances(x: np.ndarray) -> np.ndarray:
@@ -205,9 +211,10 @@ def draw(document: dict):
 def main() -> None:
     """Sample, compare; table, JSON, figure."""
     parser = common.parser(__doc__)
-    parser.set_defaults(flags="--sde dance --eta 0.7")
+    parser.set_defaults(flags="--sde dance --eta 1.6")
     parser.add_argument("--n", type=int, default=1024, help="samples a side")
     parser.add_argument("--permutations", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=4, help="independent sets for the test of one leaf a tree")
     o = parser.parse_args()
     n, permutations, run = 32 if o.smoke else o.n, 20 if o.smoke else o.permutations, common.prepare(o, "")
     options, leaves = run.o, run.o.leaves
@@ -221,10 +228,15 @@ def main() -> None:
     def sampler(s: float, eta: float = options.eta, kind=Sampler, **more) -> Sampler:
         return kind(sigma_schedule(options.steps, options.shift), options.sde, eta, s, **more)
 
-    sets = {  # name -> forest, its sampler, number of its first noise, how many, all leaves?
-        "sequential": (flat, sampler(4), 0, n, False),
-        "other": (flat, sampler(4), n, n, False),
-        "one": (tree, sampler(4), 2 * n, n, False),
+    repeats, sets = (
+        range(2 if o.smoke else o.repeats),
+        {},
+    )  # name -> forest, its sampler, first noise, how many, all leaves?
+    for r in repeats:
+        sets[f"sequential {r}"] = flat, sampler(4), 10 * n * r, n, False
+        sets[f"other {r}"] = flat, sampler(4), 10 * n * r + n, n, False
+        sets[f"one {r}"] = tree, sampler(4), 10 * n * r + 2 * n, n, False
+    sets |= {
         "loud": (tree, sampler(4, kind=Loud, splits=options.splits), 2 * n, n, False),
         "more": (flat, sampler(4, 1.2 * options.eta), 2 * n, n, False),
         "groups": (group, sampler(np.inf), 4 * n, trees, True),
@@ -235,18 +247,20 @@ def main() -> None:
     for name, args in tqdm(sets.items(), desc="samples", file=sys.stderr):
         x[name] = common.kept(o, "diversity", f"{name}, {n}", lambda args=args: samples(run, spaces, *args))
     pairs = {  # what is compared with sequential samples of the same prompts
-        "sequential, other noises": ("sequential", "other"),
-        "tree, one leaf of each": ("sequential", "one"),
-        "control: split noise x 4": ("sequential", "loud"),
-        "control: eta x 1.2": ("sequential", "more"),
-        f"{leaves} sequential for each prompt": ("groups", "other groups"),
+        "sequential, other noises": [(f"sequential {r}", f"other {r}") for r in repeats],
+        "tree, one leaf of each": [(f"sequential {r}", f"one {r}") for r in repeats],
+        "control: split noise x 4": [("sequential 0", "loud")],
+        "control: eta x 1.2": [("sequential 0", "more")],
+        f"{leaves} sequential for each prompt": [("groups", "other groups")],
     }
-    pairs |= {f"tree, all {leaves} leaves, s = {s}": ("groups", f"s = {s}") for s in (1, 2, 4, 8)}
+    pairs |= {f"tree, all {leaves} leaves, s = {s}": [("groups", f"s = {s}")] for s in (1, 2, 4, 8)}
     found, within = {}, {}
     for space in spaces:
-        width = float(np.median(distances(x["sequential"][space])))
+        width = float(np.median(distances(x["sequential 0"][space])))
         flattened = {name: v[space].reshape(-1, v[space].shape[-1]) for name, v in x.items()}
-        found[space] = {k: compare(flattened[a], flattened[b], width, permutations) for k, (a, b) in pairs.items()}
+        found[space] = {
+            k: compare([(flattened[a], flattened[b]) for a, b in v], width, permutations) for k, v in pairs.items()
+        }
         base = [distances(g).mean() for g in x["groups"][space]]
         spread = {s: [distances(t).mean() for t in x[f"s = {s}"][space]] for s in (1, 2, 4, 8)}
         within[space] = {str(s): common.interval(np.divide(v, np.mean(base))) for s, v in spread.items()}

@@ -113,23 +113,23 @@ def test_the_interval_is_students():
 def test_mmd2_is_unbiased_and_sees_a_shift():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 300, 4))
-    same, moved = diversity.compare(x, y, 2.0, 100), diversity.compare(x, y + 0.5, 2.0, 100)
+    same, moved = diversity.compare([(x, y)], 2.0, 100), diversity.compare([(x, y + 0.5)], 2.0, 100)
     assert same["p"] > 0.05 and moved["p"] < 0.02 and abs(same["mmd2"]) < 0.01 < moved["mmd2"]
     z = np.concatenate([x[:3], y[:3]])  # by hand on three pairs
     k = np.exp(-((z[:, None] - z[None]) ** 2).sum(2) / 8)
     pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
     by_hand = np.mean([k[i, j] + k[3 + i, 3 + j] - k[i, 3 + j] - k[3 + i, j] for i, j in pairs])
-    assert diversity.compare(x[:3], y[:3], 2.0, 10)["mmd2"] == pytest.approx(by_hand)
+    assert diversity.compare([(x[:3], y[:3])], 2.0, 10)["mmd2"] == pytest.approx(by_hand)
 
 
-@pytest.mark.parametrize("share", [1, 4])
-def test_p_is_uniform_where_nothing_differs(share):
-    """Samples share a prompt that moves them: p stays uniform, alone and where four samples share it."""
+@pytest.mark.parametrize("share, repeats", [(1, 1), (4, 1), (1, 3)])
+def test_p_is_uniform_where_nothing_differs(share, repeats):
+    """Samples share a prompt that moves them: p stays uniform, alone, where four samples share it, and for three pairs of sets."""
     rng, ps = np.random.default_rng(1), []
     for _ in range(200):
         prompt = rng.normal(size=(60 // share, 1, 3)).repeat(share, 1).reshape(-1, 3) * 3
-        x, y = (prompt + rng.normal(size=prompt.shape) for _ in range(2))
-        ps.append(diversity.compare(x, y, 3.0, 99)["p"])
+        pairs = [[prompt + rng.normal(size=prompt.shape) for _ in range(2)] for _ in range(repeats)]
+        ps.append(diversity.compare(pairs, 3.0, 99)["p"])
     assert stats.kstest(ps, "uniform").pvalue > 0.01 and abs(np.mean(np.array(ps) <= 0.05) - 0.05) < 0.05
 
 
@@ -137,7 +137,7 @@ def test_siblings_that_are_all_alike_are_rejected():
     """Sixteen equal samples for each prompt against sixteen independent ones: the same marginals, and a p near 0."""
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(512, 3)), rng.normal(size=(32, 1, 3)).repeat(16, 1).reshape(-1, 3)
-    assert diversity.compare(x, y, 3.0, 200)["p"] < 0.01
+    assert diversity.compare([(x, y)], 3.0, 200)["p"] < 0.01
 
 
 def test_gradient_moments_are_without_bias():
