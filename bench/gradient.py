@@ -4,16 +4,19 @@ Question    How noisy is one iteration's gradient, and does it point where the r
 Hypothesis  A tree costs less an estimate but its leaves are correlated; noise between splits, which no advantage of Eq. 4 can tell
             apart, adds variance, so that noise at the splits alone gives more signal for a model evaluation. Pruning saves
             units; by depth it drops a part of the signal, by width it keeps edges because of their rewards, which biases.
-Metric      For a frozen policy, over many trials, each a rollout of a prompt of its own: relative noise tr Cov(g) / |E g|^2; the
-            same times the cost in units (a forward; a backward is 2): units to a signal-to-noise ratio of 1; the cosine of E g with
-            the reference, from products of different trials alone, so that noise biases neither. The reference is REINFORCE on
-            the raw reward with a leave-one-out baseline, under independent rollouts with the same noisy steps, on other prompts.
-            Intervals of 95 % by a jackknife over eight blocks of trials.
+Metric      For a frozen policy and a prompt, over many trials, each a rollout: relative noise tr Cov(g) / |E g|^2, numerator and
+            denominator summed over prompts; the same times the cost in units (a forward; a backward is 2): units to a
+            signal-to-noise ratio of 1; the cosine of E g with the reference, from products of different trials alone, so that
+            noise biases neither. The reference is REINFORCE on the raw reward with a leave-one-out baseline, under independent
+            rollouts of the same prompts with the same noisy steps. Intervals of 95 % by a jackknife over the prompts.
+            How prompts differ is left out: it is the same for every arm, and so large (a relative noise of 2,000 instead of 80)
+            that it would hide the rest (LAB.md).
 Rule        Fewer units is better; an interval of the cosine below 1 is a bias.
 
     python bench/gradient.py             # 25 minutes on one core
 """
 
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -29,7 +32,7 @@ from rewards import score, weighted_sum
 from sde import sigma_schedule
 from tree import count, depth_advantages, depth_window_range, fuse, make_forest
 
-KEY, BLOCKS = 2**31 + 2, 8  # of the noises; of trials, for the jackknife
+KEY = 2**31 + 2  # of the noises
 
 
 def reinforce(out, forest, rewards):
@@ -69,8 +72,21 @@ ARMS = {  # name -> is it a tree? credit, loss weight, the reference it estimate
 }
 
 
-def gradients(run, trials: range, bar, tree: bool, credit, weight: str, noisy: str, pruning: dict | None = None):
-    """One gradient (parameters,) for each trial, and its cost in units; a depth window, a share of T, takes its places in turn."""
+def gradients(
+    run,
+    prompts: list[str],
+    trials: range,
+    bar,
+    tree: bool,
+    credit,
+    weight: str,
+    noisy: str,
+    pruning: dict | None = None,
+):
+    """One gradient (parameters,) for each trial of each prompt, and its cost in units.
+
+    A depth window, a share of T, takes its places in turn.
+    """
     options, width, depth = run.o, (pruning or {}).get("width"), round((pruning or {}).get("depth", 0) * run.o.steps)
     shape = {"splits": options.splits} if tree else {"splits": (), "roots": options.leaves}
     forest = make_forest(options.steps, options.branch, **shape, chosen=options.splits if noisy == "splits" else None)
@@ -79,10 +95,9 @@ def gradients(run, trials: range, bar, tree: bool, credit, weight: str, noisy: s
     still = SimpleNamespace(zero_grad=lambda set_to_none: run.policy.transformer.zero_grad(), step=lambda: None)
     o = SimpleNamespace(clip=1e9, kl=0.0, micro_batch=options.micro_batch, max_grad_norm=0.0)
     first, last = depth_window_range(forest, depth) if depth else (0, 0)
-    for trial in trials:
-        prompt = run.prompts[trial % len(run.prompts)]
-        cond = run.policy.encode([prompt])
-        out = rollout(run.policy, cond, forest, sampler, generators(KEY, trial, range(1)), options.micro_batch)
+    for trial, (number, prompt) in itertools.product(trials, enumerate(prompts)):
+        cond, rng = run.policy.encode([prompt]), generators(KEY, trial, range(number, number + 1))
+        out = rollout(run.policy, cond, forest, sampler, rng, options.micro_batch)
         pictures = run.policy.decode(out.latents[-1].flatten(0, 1))
         rewards = weighted_sum(score(run.rewards, pictures, [prompt] * forest.leaves), run.weights)[None]
         window = (first + trial % (last - first + 1), depth) if depth else None
@@ -94,51 +109,48 @@ def gradients(run, trials: range, bar, tree: bool, credit, weight: str, noisy: s
         yield torch.cat([p.grad.flatten() for p in run.policy.trainable()]).double(), units
 
 
-def sums(estimates, n: int) -> dict:
-    """Of each of B blocks of n trials: the sum of its gradients (B, parameters), of their square lengths, how many."""
-    size = min(BLOCKS, n)
-    blocks, squares, counts, units = None, torch.zeros(size).double(), torch.zeros(size).double(), 0
-    for trial, (g, cost) in enumerate(estimates):
-        blocks = torch.zeros(size, len(g)).double() if blocks is None else blocks
-        b, units = trial * size // n, cost
-        blocks[b] += g
-        squares[b] += g @ g
-        counts[b] += 1
-    return {"sums": blocks, "squares": squares, "counts": counts, "units": units}
+def sums(found, prompts: int) -> dict:
+    """Of each of P prompts: the sum of its gradients (P, parameters), of their square lengths (P,), how many each has."""
+    total, squares, n, units = None, torch.zeros(prompts).double(), 0, 0
+    for g, cost in found:
+        total = torch.zeros(prompts, len(g)).double() if total is None else total
+        total[n % prompts] += g
+        squares[n % prompts] += g @ g
+        n, units = n + 1, cost
+    return {"sums": total, "squares": squares, "n": n // prompts, "units": units}
 
 
 def products(m: dict, reference: dict) -> dict:
-    """All that `compared` needs of two `sums`: products of their blocks (B, B) instead of the blocks."""
-    both = {"own": m["sums"] @ m["sums"].T, "cross": m["sums"] @ reference["sums"].T}
-    return both | {k: m[k] for k in ("squares", "counts", "units")}
-
-
-def estimates(m: dict, reference: dict, left_out: int | None) -> np.ndarray:
-    """Relative noise and cosine, without one block of both; not a number where no signal rises above the noise.
+    """All that `compared` needs of two `sums`: for each prompt (P,) E|g|^2, |E g|^2, and E g times the reference's E g.
 
     |E g|^2 is the mean product of two different trials, which noise does not bias.
     """
-    stay = [b for b in range(len(m["counts"])) if b != left_out]
+    n, own = m["n"], (m["sums"] ** 2).sum(1)
+    cross = (m["sums"] * reference["sums"]).sum(1) / (n * reference["n"])
+    return {
+        "squares": m["squares"] / n,
+        "own": (own - m["squares"]) / (n * (n - 1)),
+        "cross": cross,
+        "units": m["units"],
+    }
 
-    def signal(x: dict) -> float:
-        n = x["counts"][stay].sum()
-        return float((x["own"][stay][:, stay].sum() - x["squares"][stay].sum()) / (n * (n - 1)))
 
-    n, n_reference = m["counts"][stay].sum(), reference["counts"][stay].sum()
-    mine, theirs = signal(m), signal(reference)
-    if mine <= 0 or theirs <= 0:
-        return np.array([np.nan, np.nan])
-    cross = float(m["cross"][stay][:, stay].sum() / (n * n_reference))
-    return np.array([float(m["squares"][stay].sum() / n) / mine - 1, cross / (mine * theirs) ** 0.5])
+def estimates(m: dict, reference: dict, left_out: int | None) -> np.ndarray:
+    """Relative noise and cosine, without one prompt; not a number where no signal rises above the noise."""
+    stay = [p for p in range(len(m["own"])) if p != left_out]
+    squares, mine, theirs, cross = (
+        float(x[stay].sum()) for x in (m["squares"], m["own"], reference["own"], m["cross"])
+    )
+    return np.array([squares / mine - 1, cross / (mine * theirs) ** 0.5] if min(mine, theirs) > 0 else [np.nan] * 2)
 
 
 def compared(m: dict, reference: dict) -> dict:
     """Relative noise, its cost, and the cosine of the true means, each with its interval; None where no signal was found."""
-    whole, blocks = estimates(m, reference, None), len(m["counts"])
-    parts = np.array([estimates(m, reference, b) for b in range(blocks)])
+    whole, prompts = estimates(m, reference, None), len(m["own"])
+    parts = np.array([estimates(m, reference, p) for p in range(prompts)])
     if not np.isfinite(whole).all() or not np.isfinite(parts).all():
         return dict.fromkeys(("relative_noise", "units_to_signal", "cosine"))
-    half = stats.t.ppf(0.975, blocks - 1) * ((blocks - 1) * parts.var(0)) ** 0.5
+    half = stats.t.ppf(0.975, prompts - 1) * ((prompts - 1) * parts.var(0)) ** 0.5
     noise, cosine = ([float(v), float(v - h), float(v + h)] for v, h in zip(whole, half))
     return {"relative_noise": noise, "units_to_signal": [m["units"] * v for v in noise], "cosine": cosine}
 
@@ -164,35 +176,39 @@ def draw(document: dict):
 def main() -> None:
     """Estimate, compare; table, JSON, figure."""
     parser = common.parser(__doc__)
-    parser.add_argument("--trials", type=int, default=192, help="of every arm; the references take four times as many")
+    parser.add_argument(
+        "--trials", type=int, default=32, help="of every prompt and arm; the references take twice as many"
+    )
+    parser.add_argument("--prompts", type=int, default=8, help="evenly from the training prompts")
     o = parser.parse_args()
-    n = 3 if o.smoke else o.trials
+    n, many = (2, 2) if o.smoke else (o.trials, o.prompts)
     run, rows, references = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}
-    with tqdm(total=n * (len(ARMS) + 8), desc="gradients", file=sys.stderr) as bar:
+    prompts = run.prompts[:: len(run.prompts) // many][:many]
+    with tqdm(total=n * many * (len(ARMS) + 4), desc="gradients", file=sys.stderr) as bar:
 
         def kept(name: str, trials: range, *arm, of=lambda m: m) -> dict:
             """An arm's sums, or what `of` makes of them."""
             return common.kept(
                 o,
                 "gradient",
-                f"{name}, {len(trials)}",
-                lambda: of(sums(gradients(run, trials, bar, *arm), len(trials))),
+                f"{name}, {len(trials)} of {many}",
+                lambda: of(sums(gradients(run, prompts, trials, bar, *arm), many)),
             )
 
-        for noisy in ("all", "splits"):  # on prompts that no arm has
-            m = kept(f"reference {noisy}", range(n, 5 * n), False, reinforce, "path", noisy)
+        for noisy in ("all", "splits"):  # from noises that no arm has
+            m = kept(f"reference {noisy}", range(n, 3 * n), False, reinforce, "path", noisy)
             references[noisy] = m | products(m, m)
         print(f"{'':<58}{'units':>7}{'noise':>10}{'units to signal':>17}{'cosine':>9}")
         for name, arm in ARMS.items():
             reference = references[arm[3]]
             m = kept(name, range(n), *arm, of=lambda m, reference=reference: products(m, reference))
-            rows[name] = {"noisy": arm[3], "units": m["units"], "trials": n} | compared(m, reference)
+            rows[name] = {"noisy": arm[3], "units": m["units"]} | compared(m, reference)
             numbers = f"{m['units']:7d}"
             if row := rows[name]["cosine"]:
                 noise, units = rows[name]["relative_noise"][0], rows[name]["units_to_signal"][0]
                 numbers += f"{noise:10.2f}{units:17.0f}{row[0]:9.3f} [{row[1]:.3f}, {row[2]:.3f}]"
             print(f"{name:<58}{numbers}", flush=True)
-    common.finish("gradient", o, {"rows": rows}, draw)
+    common.finish("gradient", o, {"rows": rows, "trials": n, "prompts": prompts}, draw)
 
 
 if __name__ == "__main__":

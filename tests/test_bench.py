@@ -141,14 +141,15 @@ def test_siblings_that_are_all_alike_are_rejected():
 
 
 def test_gradient_moments_are_without_bias():
-    """Estimates g + noise: the relative noise and the cosine come out; the intervals hold the truth as often as they say."""
+    """Estimates +g and -g of eight prompts, and noise: relative noise and cosine come out; intervals hold the truth as often as they say."""
     rng, truth, other = np.random.default_rng(0), np.array([3.0, 4.0, 0.0]), np.array([3.0, 4.0, 5.0])
     inside = []
     for _ in range(40):
         draws = [
-            [(torch.from_numpy(g + rng.normal(size=3)), 7) for _ in range(n)] for g, n in ((truth, 80), (other, 160))
+            [(torch.from_numpy(g * (1 - 2 * (i % 8 // 4)) + rng.normal(size=3)), 7) for i in range(n)]
+            for g, n in ((truth, 80), (other, 160))
         ]
-        m, reference = (gradient.sums(d, len(d)) for d in draws)
+        m, reference = (gradient.sums(d, 8) for d in draws)
         reference |= gradient.products(reference, reference)
         found = gradient.compared(gradient.products(m, reference), reference)
         for key, wanted in (("relative_noise", 3 / 25), ("cosine", 0.5**0.5), ("units_to_signal", 7 * 3 / 25)):
