@@ -105,7 +105,7 @@ def ablation(d: dict) -> str:
 def diversity(d: dict) -> str:
     """MMD^2, and distances within a prompt."""
     rows = [
-        [space, name, f"{r['mmd2']:.5f}", f"{r['null_95']:.5f}", r["p"], f"{r['kid']:.4g}"]
+        [space, name, f"{r['mmd2']:.5f}", f"{r['null_95']:.5f}", f"{r['p']:.4f}", f"{r['kid']:.4g}"]
         for space, found in d["features"].items()
         for name, r in found.items()
     ]
@@ -115,7 +115,7 @@ def diversity(d: dict) -> str:
         for space, rows in d["within"].items()
     )
     note = (
-        f"n = {d['n']} a side. The paper: MMD^2 about .019 (project page), .0067 (Inception) and .0149 (CLIP) at 4,096 a side, of all leaves."
+        f"n = {d['n']} a side, {d['arguments']['repeats']} times in the first two rows of each space. The paper: MMD^2 about .019 (project page), .0067 (Inception) and .0149 (CLIP) at 4,096 a side, of all leaves."
         " Leaves of one tree are not independent, so p says nothing in the last rows: what counts there is the size."
         f" Mean distance of the leaves of a tree, over that of as many sequential samples: {within}."
     )
@@ -125,8 +125,29 @@ def diversity(d: dict) -> str:
         for name, r in found.items()
         if name.startswith("control") and r["p"] > 0.05
     ]
+    each = ", ".join(
+        f"{space} {' '.join(f'{p:.2f}' for p in found['tree, one leaf of each']['each_p'])}"
+        for space, found in d["features"].items()
+    )
+    note += f" p of one leaf a tree in each pair of sets: {each}."
     note += f" Controls that were not rejected, though they should be: {'; '.join(missed) or 'none'}."
-    return f"{table(head, rows)}\n\n{note}"
+    tails = [
+        [
+            name,
+            r["model_calls"],
+            *(f"{v:.3f}" for v in r["distance"].values()),
+            *map(span, r["reward_minus_euler"].values()),
+        ]
+        for name, r in d["tails"].items()
+    ]
+    any_tail = next(iter(d["tails"].values()))
+    names = [f"distance, {space}" for space in any_tail["distance"]]
+    names += [f"{reward} minus Euler's" for reward in any_tail["reward_minus_euler"]]
+    below = (
+        "The deterministic tail after the last split, from the same noises: mean distance to the picture of the same tail in 50 second-order"
+        " steps, over the distance of two pictures of one prompt."
+    )
+    return f"{table(head, rows)}\n\n{note}\n\n{table(['tail', 'model calls a picture', *names], tails)}\n\n{below}"
 
 
 def scaling(d: dict) -> str:
@@ -161,7 +182,8 @@ def gradient(d: dict) -> str:
             ]
         )
     head = ["estimate", "units", "tr Cov / length^2", "units until signal equals noise", "cosine with REINFORCE"]
-    return f"{table(head, rows)}\n\nThe paper has no such figures."
+    note = f"Of one prompt's gradient: {d['trials']} rollouts of each of {len(d['prompts'])} prompts. The paper has no such figures."
+    return f"{table(head, rows)}\n\n{note}"
 
 
 def overhead(d: dict) -> str:
