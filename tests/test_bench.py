@@ -47,13 +47,15 @@ def test_results_are_what_the_json_says():
 def test_the_figures_of_the_readme_are_the_benchmarks():
     """Whatever README takes from a benchmark is what its JSON says."""
     text = " ".join((HERE / "README.md").read_text().split())
-    found = {name: results.loaded(name) for name in ("timing", "overhead", "alignment")}
+    found = {name: results.loaded(name) for name in ("timing", "overhead", "alignment", "diversity")}
     ratio = {name: f"{r['ratio']:.2f}".lstrip("0") for name, r in found["timing"]["rows"].items()}
     flash, many = ratio["Mix, splits alone, flash 4"], ratio["Mix, splits alone, flash 4, 81"]
     cost = {name: np.median(values) for name, values in found["overhead"]["ratios"].items()}
     rate, arms = found["overhead"]["leaves_a_second"], found["alignment"]["table"]
     best, width = arms["BranchGRPO-Mix, splits alone, flash"], arms["BranchGRPO + width"]
     per_update = best["seconds_an_update"] / arms["DanceGRPO"]["seconds_an_update"]
+    spaces = found["diversity"]["features"]
+    one = {space: f"{rows['tree, one leaf of each']['p']:.2f}".lstrip("0") for space, rows in spaces.items()}
     for words in (
         f"BranchGRPO {ratio['BranchGRPO']}, with width pruning {ratio['+ width (Parent-Top1)']}, with depth pruning"
         f" {ratio['+ depth, window 5']}, Mix {ratio['Mix, window 4']}, its splits alone {ratio['Mix, splits alone']},"
@@ -65,9 +67,18 @@ def test_the_figures_of_the_readme_are_the_benchmarks():
         "and ends {:+.3f} [{:+.3f}, {:+.3f}] away".format(*best["final_minus_dance"]),
         f"final reward in {best['median_share']:.2f}".replace("0.", ".") + " of its",
         "ends lower, {:+.3f} [{:+.3f}, {:+.3f}]".format(*width["final_minus_dance"]),
+        f"p = {one['OCR outputs']} with OCR outputs and {one['pixels']} with pixels",
+        f"MMD^2 {spaces['OCR outputs']['tree, all 16 leaves, s = 4']['mmd2']:.4f}".replace("0.", "."),
         f"score {rate['2'] / rate['1']:.2f} times as many leaves a second",
     ):
         assert words in text, words
+    for rows in spaces.values():  # the rule of diversity.py, and the bound of the paper's project page
+        assert all(
+            (r["p"] < 0.05) == name.startswith("control")
+            for name, r in rows.items()
+            if "one leaf" in name or "control" in name
+        )
+        assert all(r["mmd2"] < 0.019 for name, r in rows.items() if "all 16" in name)
     assert all(r["ratio"] <= 1.10 * r["ratio_counted"] for r in found["timing"]["rows"].values())
 
 
