@@ -21,7 +21,7 @@ HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> h
     "overhead": 0.2,
     "evaluate --train '--iterations 200'": 0.1,
     "gradient": 0.5,
-    "diversity": 0.15,
+    "diversity": 0.35,
     "scaling": 0.7,
     "ablation": 1.0,
     "alignment": 2.2,
