@@ -144,32 +144,41 @@ def estimates(m: dict, reference: dict, left_out: int | None) -> np.ndarray:
     return np.array([squares / mine - 1, cross / (mine * theirs) ** 0.5] if min(mine, theirs) > 0 else [np.nan] * 2)
 
 
-def compared(m: dict, reference: dict) -> dict:
-    """Relative noise, its cost, and the cosine of the true means, each with its interval; None where no signal was found."""
-    whole, prompts = estimates(m, reference, None), len(m["own"])
-    parts = np.array([estimates(m, reference, p) for p in range(prompts)])
+def compared(m: dict, reference: dict, first: dict, first_reference: dict) -> dict:
+    """Relative noise, its cost, that over the first arm's, and the cosine of the true means, each with its interval.
+
+    All are None where no signal was found.
+    """
+
+    def found(left_out: int | None) -> list[float]:
+        (noise, cosine), other = estimates(m, reference, left_out), estimates(first, first_reference, left_out)[0]
+        return [noise, m["units"] * noise, m["units"] * noise / (first["units"] * other), cosine]
+
+    whole, prompts = found(None), len(m["own"])
+    parts = np.array([found(p) for p in range(prompts)])
+    keys = ("relative_noise", "units_to_signal", "units_over_first", "cosine")
     if not np.isfinite(whole).all() or not np.isfinite(parts).all():
-        return dict.fromkeys(("relative_noise", "units_to_signal", "cosine"))
+        return dict.fromkeys(keys)
     half = stats.t.ppf(0.975, prompts - 1) * ((prompts - 1) * parts.var(0)) ** 0.5
-    noise, cosine = ([float(v), float(v - h), float(v + h)] for v, h in zip(whole, half))
-    return {"relative_noise": noise, "units_to_signal": [m["units"] * v for v in noise], "cosine": cosine}
+    return {k: [float(v), float(v - h), float(v + h)] for k, v, h in zip(keys, whole, half)}
 
 
 def draw(document: dict):
-    """Units to a signal-to-noise ratio of 1, and the cosine with the reference."""
+    """Units to a signal-to-noise ratio of 1 over the first arm's, and the cosine with the reference."""
     rows = {name: r for name, r in document["rows"].items() if r["cosine"]}
     figure = plt.figure(figsize=(11, 4))
     (left, right), y = figure.subplots(1, 2, sharey=True), np.arange(len(rows))
-    for ax, key in ((left, "units_to_signal"), (right, "cosine")):
+    for ax, key in ((left, "units_over_first"), (right, "cosine")):
         for at, row in enumerate(rows.values()):
             mean, low, high = row[key]
             colour = common.COLOURS[row["noisy"] == "splits"]
             ax.errorbar(mean, at, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
     left.set_yticks(y, rows)
     left.invert_yaxis()
-    left.set(xlabel="model evaluations (backward counts 2) until signal equals noise", xlim=(0, None))
+    left.axvline(1, color="k", lw=0.8)
+    left.set(xlabel="model evaluations until signal equals noise,\nover the first row's", xlim=(0, None))
     right.axvline(1, color="k", lw=0.8)
-    right.set_xlabel("cosine of the mean gradient with the reference")
+    right.set_xlabel("cosine of the mean gradient\nwith the reference")
     return figure
 
 
@@ -182,7 +191,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="evenly from the training prompts")
     o = parser.parse_args()
     n, many = (2, 2) if o.smoke else (o.trials, o.prompts)
-    run, rows, references = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}
+    run, rows, references, first = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}, None
     prompts = run.prompts[:: len(run.prompts) // many][:many]
     with tqdm(total=n * many * (len(ARMS) + 4), desc="gradients", file=sys.stderr) as bar:
 
@@ -198,15 +207,17 @@ def main() -> None:
         for noisy in ("all", "splits"):  # from noises that no arm has
             m = kept(f"reference {noisy}", range(n, 3 * n), False, reinforce, "path", noisy)
             references[noisy] = m | products(m, m)
-        print(f"{'':<58}{'units':>7}{'noise':>10}{'units to signal':>17}{'cosine':>9}")
+        print(f"{'':<58}{'units':>7}{'noise':>8}{'units to signal':>17}{'over the first':>23}{'cosine':>9}")
         for name, arm in ARMS.items():
             reference = references[arm[3]]
             m = kept(name, range(n), *arm, of=lambda m, reference=reference: products(m, reference))
-            rows[name] = {"noisy": arm[3], "units": m["units"]} | compared(m, reference)
+            first = first or (m, reference)
+            row = rows[name] = {"noisy": arm[3], "units": m["units"]} | compared(m, reference, *first)
             numbers = f"{m['units']:7d}"
-            if row := rows[name]["cosine"]:
-                noise, units = rows[name]["relative_noise"][0], rows[name]["units_to_signal"][0]
-                numbers += f"{noise:10.2f}{units:17.0f}{row[0]:9.3f} [{row[1]:.3f}, {row[2]:.3f}]"
+            if row["cosine"]:
+                numbers += f"{row['relative_noise'][0]:8.1f}{row['units_to_signal'][0]:17.0f}"
+                for key in ("units_over_first", "cosine"):
+                    numbers += "{:9.3f} [{:.3f}, {:.3f}]".format(*row[key])
             print(f"{name:<58}{numbers}", flush=True)
     common.finish("gradient", o, {"rows": rows, "trials": n, "prompts": prompts}, draw)
 

@@ -162,7 +162,9 @@ def test_gradient_moments_are_without_bias():
         ]
         m, reference = (gradient.sums(d, 8) for d in draws)
         reference |= gradient.products(reference, reference)
-        found = gradient.compared(gradient.products(m, reference), reference)
+        m = gradient.products(m, reference)
+        found = gradient.compared(m, reference, m | {"units": 14}, reference)
+        assert found["units_over_first"] == pytest.approx([0.5, 0.5, 0.5])
         for key, wanted in (("relative_noise", 3 / 25), ("cosine", 0.5**0.5), ("units_to_signal", 7 * 3 / 25)):
             mean, low, high = found[key]
             assert mean == pytest.approx(wanted, rel=0.5)
