@@ -173,16 +173,21 @@ def gradient(d: dict) -> str:
     """Noise and bias."""
     rows = []
     for name, r in d["rows"].items():
-        cells = [r[k] for k in ("relative_noise", "units_to_signal", "cosine")]
-        rows.append(
-            [
-                name,
-                r["units"],
-                *("no signal found" if c is None else "{:.3g} [{:.3g}, {:.3g}]".format(*c) for c in cells),
-            ]
-        )
-    head = ["estimate", "units", "tr Cov / length^2", "units until signal equals noise", "cosine with REINFORCE"]
-    note = f"Of one prompt's gradient: {d['trials']} rollouts of each of {len(d['prompts'])} prompts. The paper has no such figures."
+        shown = (("relative_noise", ".1f"), ("units_to_signal", ",.0f"), ("units_over_first", ".3f"), ("cosine", ".3f"))
+        cells = ["{:{f}} [{:{f}}, {:{f}}]".format(*r[key], f=f) if r[key] else "no signal found" for key, f in shown]
+        rows.append([name, r["units"], *cells])
+    head = [
+        "estimate",
+        "units",
+        "tr Cov / length^2",
+        "units until signal equals noise",
+        "the same over the first row's",
+    ]
+    head += ["cosine with REINFORCE"]
+    note = (
+        f"Of one prompt's gradient: {d['trials']} rollouts of each of {len(d['prompts'])} prompts. A unit is a forward; a backward counts two."
+        " At equal updates the noise decides, at equal time the units. The paper has no such figures."
+    )
     return f"{table(head, rows)}\n\n{note}"
 
 

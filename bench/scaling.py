@@ -73,7 +73,7 @@ def main() -> None:
     seeds, iterations = (2, 2) if o.smoke else (o.seeds, o.iterations)
     arms = dict(list(ARMS.items())[:2]) if o.smoke else ARMS
     shared = " --lr 1e-4 --lr-end 1 --prompts-per-iteration 2"
-    run = f"{shared} --eval-every {max(1, iterations // 5)}" + (" --eval-size 8" if o.smoke else "")
+    run = f"{shared} --eval-every {max(1, iterations // 5)} --eval-size {8 if o.smoke else 128}"
     flags = {name: f"--method branchgrpo-mix --mix 0 --branch {k} --splits {s}" for name, (k, s) in arms.items()}
     many = {name: iterations if o.smoke else updates_of(o, f, iterations) for name, f in flags.items()}
     tasks = {
