@@ -69,6 +69,23 @@ ARMS = {  # name -> is it a tree? credit, loss weight, the reference it estimate
     "splits noisy, tree": (True, branch, "path", "splits"),
     "splits noisy, tree, every edge the same weight": (True, branch, "edge", "splits"),
     "splits noisy, tree, group advantage": (True, group, "path", "splits"),
+    "the same, every edge the same weight": (True, group, "edge", "splits"),
+}
+TREE = "all steps noisy, tree, every edge the same weight (Eq. 5)"
+SPLITS = "splits noisy, tree, every edge the same weight"
+PAIRS = {  # question -> the arms whose units are divided
+    "width pruning": ("the same, width-pruned", TREE),
+    "depth pruning": ("the same, depth-pruned", TREE),
+    "a tree instead of independent rollouts, splits noisy": ("splits noisy, tree", "splits noisy, independent"),
+    "equal depths instead of equal edges, splits noisy": ("splits noisy, tree", SPLITS),
+    "group instead of depth-wise advantage, equal depths, splits noisy": (
+        "splits noisy, tree, group advantage",
+        "splits noisy, tree",
+    ),
+    "group instead of depth-wise advantage, equal edges, splits noisy": (
+        "the same, every edge the same weight",
+        SPLITS,
+    ),
 }
 
 
@@ -144,19 +161,19 @@ def estimates(m: dict, reference: dict, left_out: int | None) -> np.ndarray:
     return np.array([squares / mine - 1, cross / (mine * theirs) ** 0.5] if min(mine, theirs) > 0 else [np.nan] * 2)
 
 
-def compared(m: dict, reference: dict, first: dict, first_reference: dict) -> dict:
-    """Relative noise, its cost, that over the first arm's, and the cosine of the true means, each with its interval.
+def compared(m: dict, reference: dict, base: dict, base_reference: dict) -> dict:
+    """Relative noise, its cost, that over another arm's, and the cosine of the true means, each with its interval.
 
     All are None where no signal was found.
     """
 
     def found(left_out: int | None) -> list[float]:
-        (noise, cosine), other = estimates(m, reference, left_out), estimates(first, first_reference, left_out)[0]
-        return [noise, m["units"] * noise, m["units"] * noise / (first["units"] * other), cosine]
+        (noise, cosine), other = estimates(m, reference, left_out), estimates(base, base_reference, left_out)[0]
+        return [noise, m["units"] * noise, m["units"] * noise / (base["units"] * other), cosine]
 
     whole, prompts = found(None), len(m["own"])
     parts = np.array([found(p) for p in range(prompts)])
-    keys = ("relative_noise", "units_to_signal", "units_over_first", "cosine")
+    keys = ("relative_noise", "units_to_signal", "units_over_base", "cosine")
     if not np.isfinite(whole).all() or not np.isfinite(parts).all():
         return dict.fromkeys(keys)
     half = stats.t.ppf(0.975, prompts - 1) * ((prompts - 1) * parts.var(0)) ** 0.5
@@ -168,7 +185,7 @@ def draw(document: dict):
     rows = {name: r for name, r in document["rows"].items() if r["cosine"]}
     figure = plt.figure(figsize=(11, 4))
     (left, right), y = figure.subplots(1, 2, sharey=True), np.arange(len(rows))
-    for ax, key in ((left, "units_over_first"), (right, "cosine")):
+    for ax, key in ((left, "units_over_base"), (right, "cosine")):
         for at, row in enumerate(rows.values()):
             mean, low, high = row[key]
             colour = common.COLOURS[row["noisy"] == "splits"]
@@ -191,7 +208,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="evenly from the training prompts")
     o = parser.parse_args()
     n, many = (2, 2) if o.smoke else (o.trials, o.prompts)
-    run, rows, references, first = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}, None
+    run, rows, references, arms = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}, {}
     prompts = run.prompts[:: len(run.prompts) // many][:many]
     with tqdm(total=n * many * (len(ARMS) + 4), desc="gradients", file=sys.stderr) as bar:
 
@@ -211,15 +228,18 @@ def main() -> None:
         for name, arm in ARMS.items():
             reference = references[arm[3]]
             m = kept(name, range(n), *arm, of=lambda m, reference=reference: products(m, reference))
-            first = first or (m, reference)
-            row = rows[name] = {"noisy": arm[3], "units": m["units"]} | compared(m, reference, *first)
+            arms[name] = m, reference
+            row = rows[name] = {"noisy": arm[3], "units": m["units"]} | compared(m, reference, *arms[next(iter(ARMS))])
             numbers = f"{m['units']:7d}"
             if row["cosine"]:
                 numbers += f"{row['relative_noise'][0]:8.1f}{row['units_to_signal'][0]:17.0f}"
-                for key in ("units_over_first", "cosine"):
+                for key in ("units_over_base", "cosine"):
                     numbers += "{:9.3f} [{:.3f}, {:.3f}]".format(*row[key])
             print(f"{name:<58}{numbers}", flush=True)
-    common.finish("gradient", o, {"rows": rows, "trials": n, "prompts": prompts}, draw)
+    pairs = {name: compared(*arms[a], *arms[b])["units_over_base"] for name, (a, b) in PAIRS.items()}
+    for name, ratio in pairs.items():
+        print(f"units, {name}: " + ("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio else "no signal found"))
+    common.finish("gradient", o, {"rows": rows, "pairs": pairs, "trials": n, "prompts": prompts}, draw)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def gradient(d: dict) -> str:
     """Noise and bias."""
     rows = []
     for name, r in d["rows"].items():
-        shown = (("relative_noise", ".1f"), ("units_to_signal", ",.0f"), ("units_over_first", ".3f"), ("cosine", ".3f"))
+        shown = (("relative_noise", ".1f"), ("units_to_signal", ",.0f"), ("units_over_base", ".3f"), ("cosine", ".3f"))
         cells = ["{:{f}} [{:{f}}, {:{f}}]".format(*r[key], f=f) if r[key] else "no signal found" for key, f in shown]
         rows.append([name, r["units"], *cells])
     head = [
@@ -184,9 +184,11 @@ def gradient(d: dict) -> str:
         "the same over the first row's",
     ]
     head += ["cosine with REINFORCE"]
+    pairs = "; ".join("{}: {:.2f} [{:.2f}, {:.2f}]".format(name, *r) for name, r in d["pairs"].items() if r)
     note = (
         f"Of one prompt's gradient: {d['trials']} rollouts of each of {len(d['prompts'])} prompts. A unit is a forward; a backward counts two."
-        " At equal updates the noise decides, at equal time the units. The paper has no such figures."
+        " At equal updates the noise decides, at equal time the units."
+        f" Units, paired by prompt: {pairs}. The paper has no such figures."
     )
     return f"{table(head, rows)}\n\n{note}"
 

@@ -47,7 +47,7 @@ def test_results_are_what_the_json_says():
 def test_the_figures_of_the_readme_are_the_benchmarks():
     """Whatever README takes from a benchmark is what its JSON says."""
     text = " ".join((HERE / "README.md").read_text().split())
-    found = {name: results.loaded(name) for name in ("timing", "overhead", "alignment", "diversity")}
+    found = {name: results.loaded(name) for name in ("timing", "overhead", "alignment", "diversity", "gradient")}
     ratio = {name: f"{r['ratio']:.2f}".lstrip("0") for name, r in found["timing"]["rows"].items()}
     flash, many = ratio["Mix, splits alone, flash 4"], ratio["Mix, splits alone, flash 4, 81"]
     cost = {name: np.median(values) for name, values in found["overhead"]["ratios"].items()}
@@ -56,7 +56,18 @@ def test_the_figures_of_the_readme_are_the_benchmarks():
     per_update = best["seconds_an_update"] / arms["DanceGRPO"]["seconds_an_update"]
     spaces = found["diversity"]["features"]
     one = {space: f"{rows['tree, one leaf of each']['p']:.2f}".lstrip("0") for space, rows in spaces.items()}
+    estimates = found["gradient"]["rows"]
+    worth = {
+        name: "{:.2f} [{:.2f}, {:.2f}]".format(*r["units_over_base"]).replace("0.", ".")
+        for name, r in estimates.items()
+    }
+    full, splits = (
+        "all steps noisy, tree, every edge the same weight (Eq. 5)",
+        "splits noisy, tree, every edge the same weight",
+    )
+    pruned = [worth[f"the same, {kind}-pruned"].split()[0] for kind in ("width", "depth")]
     for words in (
+        f"the tree {worth[full]}, width-pruned {pruned[0]}, depth-pruned {pruned[1]}, the tree with its splits alone noisy {worth[splits]}",
         f"BranchGRPO {ratio['BranchGRPO']}, with width pruning {ratio['+ width (Parent-Top1)']}, with depth pruning"
         f" {ratio['+ depth, window 5']}, Mix {ratio['Mix, window 4']}, its splits alone {ratio['Mix, splits alone']},"
         f" with a flash tail {flash}; of 81 leaves {many}.",
@@ -72,6 +83,7 @@ def test_the_figures_of_the_readme_are_the_benchmarks():
         f"score {rate['2'] / rate['1']:.2f} times as many leaves a second",
     ):
         assert words in text, words
+    assert all(r["cosine"][1] < 1 < r["cosine"][2] for r in estimates.values())
     for rows in spaces.values():  # the rule of diversity.py, and the bound of the paper's project page
         assert all(
             (r["p"] < 0.05) == name.startswith("control")
@@ -164,7 +176,7 @@ def test_gradient_moments_are_without_bias():
         reference |= gradient.products(reference, reference)
         m = gradient.products(m, reference)
         found = gradient.compared(m, reference, m | {"units": 14}, reference)
-        assert found["units_over_first"] == pytest.approx([0.5, 0.5, 0.5])
+        assert found["units_over_base"] == pytest.approx([0.5, 0.5, 0.5])
         for key, wanted in (("relative_noise", 3 / 25), ("cosine", 0.5**0.5), ("units_to_signal", 7 * 3 / 25)):
             mean, low, high = found[key]
             assert mean == pytest.approx(wanted, rel=0.5)
