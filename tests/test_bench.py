@@ -66,7 +66,9 @@ def test_the_figures_of_the_readme_are_the_benchmarks():
         "splits noisy, tree, every edge the same weight",
     )
     pruned = [worth[f"the same, {kind}-pruned"].split()[0] for kind in ("width", "depth")]
+    advantage = found["gradient"]["pairs"]["group instead of depth-wise advantage, equal edges, splits noisy"]
     for words in (
+        "no difference there under Eq. 5 ({:.2f} [{:.2f}, {:.2f}])".format(*advantage).replace("[0.", "[."),
         f"the tree {worth[full]}, width-pruned {pruned[0]}, depth-pruned {pruned[1]}, the tree with its splits alone noisy {worth[splits]}",
         f"BranchGRPO {ratio['BranchGRPO']}, with width pruning {ratio['+ width (Parent-Top1)']}, with depth pruning"
         f" {ratio['+ depth, window 5']}, Mix {ratio['Mix, window 4']}, its splits alone {ratio['Mix, splits alone']},"
