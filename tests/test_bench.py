@@ -67,8 +67,19 @@ def test_the_figures_of_the_readme_are_the_benchmarks():
     )
     pruned = [worth[f"the same, {kind}-pruned"].split()[0] for kind in ("width", "depth")]
     advantage = found["gradient"]["pairs"]["group instead of depth-wise advantage, equal edges, splits noisy"]
+    tails = found["diversity"]["tails"]
+    euler, four, three = (
+        f"{tails[name]['distance']['pixels']:.3f}"[1:] for name in ("Euler, 5 steps", "--flash 4", "--flash 3")
+    )
+    colour = tails["--flash 3"]["reward_minus_euler"]["colour"][0]
+    low, high = tails["--flash 3"]["reward_minus_euler"]["ocr"][1:]
+    assert low < 0 < high
     for words in (
-        "no difference there under Eq. 5 ({:.2f} [{:.2f}, {:.2f}])".format(*advantage).replace("[0.", "[."),
+        f"five of Euler ({four} against {euler} of the distance",
+        f"three a little farther ({three}), with the ocr reward unchanged and colour {-colour:.3f} lower".replace(
+            "0.", "."
+        ),
+        "no difference under Eq. 5 ({:.2f} [{:.2f}, {:.2f}])".format(*advantage).replace("[0.", "[."),
         f"the tree {worth[full]}, width-pruned {pruned[0]}, depth-pruned {pruned[1]}, the tree with its splits alone noisy {worth[splits]}",
         f"BranchGRPO {ratio['BranchGRPO']}, with width pruning {ratio['+ width (Parent-Top1)']}, with depth pruning"
         f" {ratio['+ depth, window 5']}, Mix {ratio['Mix, window 4']}, its splits alone {ratio['Mix, splits alone']},"
