@@ -4,16 +4,17 @@ Question    How noisy is one iteration's gradient, and does it point where the r
 Hypothesis  A tree costs less an estimate but its leaves are correlated; noise between splits, which no advantage of Eq. 4 can tell
             apart, adds variance, so that noise at the splits alone gives more signal for a model evaluation. Pruning saves
             units; by depth it drops a part of the signal, by width it keeps edges because of their rewards, which biases.
-Metric      For a frozen policy and a prompt, over many trials, each a rollout: relative noise tr Cov(g) / |E g|^2, numerator and
-            denominator summed over prompts; the same times the cost in units (a forward; a backward is 2): units to a
-            signal-to-noise ratio of 1; the cosine of E g with the reference, from products of different trials alone, so that
-            noise biases neither. The reference is REINFORCE on the raw reward with a leave-one-out baseline, under independent
-            rollouts of the same prompts with the same noisy steps. Intervals of 95 % by a jackknife over the prompts.
-            How prompts differ is left out: it is the same for every arm, and so large (a relative noise of 2,000 instead of 80)
-            that it would hide the rest (LAB.md).
-Rule        Fewer units is better; an interval of the cosine below 1 is a bias.
+Metric      For a frozen policy, over trials, each a rollout of one prompt: relative noise tr Cov(g) / |E g|^2, for one prompt (numerator and
+            denominator averaged over prompts) and for all (E over prompts too: what training follows; Cov holds how prompts differ);
+            the same times the cost in units (a forward; a backward is 2): units to a signal-to-noise ratio of 1; the cosine of E g
+            with the reference. |E g|^2 and the cosine are products of different trials, for all prompts of different prompts, so
+            that noise biases neither. The reference is REINFORCE on the raw reward with a leave-one-out baseline, under
+            independent rollouts of the same prompts with the same noisy steps; the cosine of the two references, all steps
+            noisy and splits noisy, is shown too. Intervals of 95 % by a jackknife over prompts drawn at random.
+Rule        Fewer units is better; an interval of the cosine below 1 is a bias. The policy is the untrained one, lengths are Euclidean
+            (training divides by AdamW's second moments).
 
-    python bench/gradient.py             # 25 minutes on one core
+    python bench/gradient.py             # 30 minutes on one core
 """
 
 import itertools
@@ -33,6 +34,7 @@ from sde import sigma_schedule
 from tree import count, depth_advantages, depth_window_range, fuse, make_forest
 
 KEY = 2**31 + 2  # of the noises
+SCOPES = ("one prompt", "all prompts")
 
 
 def reinforce(out, forest, rewards):
@@ -138,64 +140,78 @@ def sums(found, prompts: int) -> dict:
 
 
 def products(m: dict, reference: dict) -> dict:
-    """All that `compared` needs of two `sums`: for each prompt (P,) E|g|^2, |E g|^2, and E g times the reference's E g.
+    """All that `compared` needs of two `sums`: E g_p . E g_q of all prompts (P, P), the same with the reference, E|g_p|^2 (P,).
 
-    |E g|^2 is the mean product of two different trials, which noise does not bias.
+    |E g_p|^2 is the mean product of two different trials, which noise does not bias.
     """
-    n, own = m["n"], (m["sums"] ** 2).sum(1)
-    cross = (m["sums"] * reference["sums"]).sum(1) / (n * reference["n"])
-    return {
-        "squares": m["squares"] / n,
-        "own": (own - m["squares"]) / (n * (n - 1)),
-        "cross": cross,
-        "units": m["units"],
-    }
+    n = m["n"]
+    own, cross = m["sums"] @ m["sums"].T / n**2, m["sums"] @ reference["sums"].T / (n * reference["n"])
+    own.diagonal().copy_((own.diagonal() * n**2 - m["squares"]) / (n * (n - 1)))
+    return {"squares": m["squares"] / n, "own": own, "cross": cross, "units": m["units"]}
 
 
 def estimates(m: dict, reference: dict, left_out: int | None) -> np.ndarray:
-    """Relative noise and cosine, without one prompt; not a number where no signal rises above the noise."""
+    """Relative noise and cosine of one prompt's gradient, then of all prompts', without one prompt.
+
+    Not a number where no signal rises above the noise.
+    """
     stay = [p for p in range(len(m["own"])) if p != left_out]
-    squares, mine, theirs, cross = (
-        float(x[stay].sum()) for x in (m["squares"], m["own"], reference["own"], m["cross"])
-    )
-    return np.array([squares / mine - 1, cross / (mine * theirs) ** 0.5] if min(mine, theirs) > 0 else [np.nan] * 2)
+    same = torch.eye(len(stay), dtype=torch.bool)
+    squares, found = float(m["squares"][stay].mean()), []
+    for pairs in (same, ~same):  # |E g_p|^2 of a prompt; E g_p . E g_q of two prompts is |E g|^2 over all
+        mine, theirs, cross = (float(x[stay][:, stay][pairs].mean()) for x in (m["own"], reference["own"], m["cross"]))
+        seen = min(mine, theirs) > 0
+        found += [squares / mine - 1, cross / (mine * theirs) ** 0.5] if seen else [np.nan, np.nan]
+    return np.array(found)
 
 
 def compared(m: dict, reference: dict, base: dict, base_reference: dict) -> dict:
-    """Relative noise, its cost, that over another arm's, and the cosine of the true means, each with its interval.
+    """Of one prompt and of all: relative noise, its cost, that over another arm's, the cosine of the true means, with intervals.
 
-    All are None where no signal was found.
+    None where no signal was found.
     """
 
     def found(left_out: int | None) -> list[float]:
-        (noise, cosine), other = estimates(m, reference, left_out), estimates(base, base_reference, left_out)[0]
-        return [noise, m["units"] * noise, m["units"] * noise / (base["units"] * other), cosine]
+        row, other, values = estimates(m, reference, left_out), estimates(base, base_reference, left_out), []
+        for i in (0, 2):
+            values += [row[i], m["units"] * row[i], m["units"] * row[i] / (base["units"] * other[i]), row[i + 1]]
+        return values
 
     whole, prompts = found(None), len(m["own"])
-    parts = np.array([found(p) for p in range(prompts)])
-    keys = ("relative_noise", "units_to_signal", "units_over_base", "cosine")
-    if not np.isfinite(whole).all() or not np.isfinite(parts).all():
-        return dict.fromkeys(keys)
+    parts, result = np.array([found(p) for p in range(prompts)]), {}
     half = stats.t.ppf(0.975, prompts - 1) * ((prompts - 1) * parts.var(0)) ** 0.5
-    return {k: [float(v), float(v - h), float(v + h)] for k, v, h in zip(keys, whole, half)}
+    keys = ("relative_noise", "units_to_signal", "units_over_base", "cosine")
+    for i, (scope, key) in enumerate(itertools.product(SCOPES, keys)):
+        seen = np.isfinite([whole[i], half[i]]).all()
+        row = [float(whole[i] + k * half[i]) for k in (0, -1, 1)] if seen else None
+        result.setdefault(scope, {})[key] = row
+    return result
+
+
+def shown(found: dict) -> list[str]:
+    """Noise, units over the first arm's and cosine, of one scope, as text."""
+    values = [found[key] for key in ("relative_noise", "units_over_base", "cosine")]
+    return ["{:.3g} [{:.3g}, {:.3g}]".format(*v) if v else "no signal found" for v in values]
 
 
 def draw(document: dict):
     """Units to a signal-to-noise ratio of 1 over the first arm's, and the cosine with the reference."""
-    rows = {name: r for name, r in document["rows"].items() if r["cosine"]}
-    figure = plt.figure(figsize=(11, 4))
-    (left, right), y = figure.subplots(1, 2, sharey=True), np.arange(len(rows))
-    for ax, key in ((left, "units_over_base"), (right, "cosine")):
-        for at, row in enumerate(rows.values()):
-            mean, low, high = row[key]
-            colour = common.COLOURS[row["noisy"] == "splits"]
-            ax.errorbar(mean, at, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
-    left.set_yticks(y, rows)
-    left.invert_yaxis()
-    left.axvline(1, color="k", lw=0.8)
-    left.set(xlabel="model evaluations until signal equals noise,\nover the first row's", xlim=(0, None))
-    right.axvline(1, color="k", lw=0.8)
-    right.set_xlabel("cosine of the mean gradient\nwith the reference")
+    figure = plt.figure(figsize=(11, 5))
+    axes, y = figure.subplots(1, 2, sharey=True), np.arange(len(document["rows"]))
+    for ax, key in zip(axes, ("units_over_base", "cosine")):
+        for (j, scope), (at, row) in itertools.product(enumerate(SCOPES), enumerate(document["rows"].values())):
+            if row[scope][key]:
+                mean, low, high = row[scope][key]
+                look = {"color": common.COLOURS[row["noisy"] == "splits"], "mfc": "w" if j == 0 else None, "capsize": 3}
+                ax.errorbar(mean, at + 0.25 * j, xerr=[[mean - low], [high - mean]], fmt="so"[j], **look)
+        ax.axvline(1, color="k", lw=0.8)
+    axes[0].set_yticks(y + 0.12, document["rows"])
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="model evaluations until signal equals noise,\nover the first row's", xlim=(0, None))
+    axes[1].set_xlabel("cosine of the mean gradient\nwith the reference")
+    for j, scope in enumerate(SCOPES):
+        axes[1].plot([], [], "so"[j], color="#777777", mfc="w" if j == 0 else None, label=f"of {scope}")
+    axes[1].legend(fontsize=8)
     return figure
 
 
@@ -203,13 +219,13 @@ def main() -> None:
     """Estimate, compare; table, JSON, figure."""
     parser = common.parser(__doc__)
     parser.add_argument(
-        "--trials", type=int, default=32, help="of every prompt and arm; the references take twice as many"
+        "--trials", type=int, default=8, help="of every prompt and arm; the references take twice as many"
     )
-    parser.add_argument("--prompts", type=int, default=8, help="evenly from the training prompts")
+    parser.add_argument("--prompts", type=int, default=32, help="drawn from the training prompts")
     o = parser.parse_args()
     n, many = (2, 2) if o.smoke else (o.trials, o.prompts)
     run, rows, references, arms = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}, {}
-    prompts = run.prompts[:: len(run.prompts) // many][:many]
+    prompts = [run.prompts[i] for i in np.random.default_rng(0).permutation(len(run.prompts))[:many]]
     with tqdm(total=n * many * (len(ARMS) + 4), desc="gradients", file=sys.stderr) as bar:
 
         def kept(name: str, trials: range, *arm, of=lambda m: m) -> dict:
@@ -224,22 +240,24 @@ def main() -> None:
         for noisy in ("all", "splits"):  # from noises that no arm has
             m = kept(f"reference {noisy}", range(n, 3 * n), False, reinforce, "path", noisy)
             references[noisy] = m | products(m, m)
-        print(f"{'':<58}{'units':>7}{'noise':>8}{'units to signal':>17}{'over the first':>23}{'cosine':>9}")
+        print(f"{'units; of one prompt, of all: noise, units over the first arm, cosine':<70}")
         for name, arm in ARMS.items():
             reference = references[arm[3]]
             m = kept(name, range(n), *arm, of=lambda m, reference=reference: products(m, reference))
             arms[name] = m, reference
-            row = rows[name] = {"noisy": arm[3], "units": m["units"]} | compared(m, reference, *arms[next(iter(ARMS))])
-            numbers = f"{m['units']:7d}"
-            if row["cosine"]:
-                numbers += f"{row['relative_noise'][0]:8.1f}{row['units_to_signal'][0]:17.0f}"
-                for key in ("units_over_base", "cosine"):
-                    numbers += "{:9.3f} [{:.3f}, {:.3f}]".format(*row[key])
-            print(f"{name:<58}{numbers}", flush=True)
-    pairs = {name: compared(*arms[a], *arms[b])["units_over_base"] for name, (a, b) in PAIRS.items()}
-    for name, ratio in pairs.items():
-        print(f"units, {name}: " + ("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio else "no signal found"))
-    common.finish("gradient", o, {"rows": rows, "pairs": pairs, "trials": n, "prompts": prompts}, draw)
+            found = compared(m, reference, *arms[next(iter(ARMS))])
+            rows[name] = {"noisy": arm[3], "units": m["units"]} | found
+            print(f"{name:<58}{m['units']:5d}", *("   ".join(shown(found[scope])) for scope in SCOPES), flush=True)
+    pairs = {name: compared(*arms[a], *arms[b]) for name, (a, b) in PAIRS.items()}
+    pairs = {name: {scope: found[scope]["units_over_base"] for scope in SCOPES} for name, found in pairs.items()}
+    for name, ratios in pairs.items():
+        print(f"units, {name}:", {scope: [round(x, 3) for x in v] for scope, v in ratios.items() if v})
+    same = compared(references["splits"], references["all"], references["all"], references["all"])["all prompts"][
+        "cosine"
+    ]
+    print("cosine of the two references:", same)
+    document = {"rows": rows, "pairs": pairs, "references_cosine": same, "trials": n, "prompts": prompts}
+    common.finish("gradient", o, document, draw)
 
 
 if __name__ == "__main__":
