@@ -14,7 +14,7 @@ Metric      For a frozen policy, over trials, each a rollout of one prompt: rela
 Rule        Fewer units is better; an interval of the cosine below 1 is a bias. The policy is the untrained one, lengths are Euclidean
             (training divides by AdamW's second moments).
 
-    python bench/gradient.py             # 30 minutes on one core
+    python bench/gradient.py             # 35 minutes on one core
 """
 
 import itertools

@@ -20,9 +20,9 @@ HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> h
     "timing": 0.4,
     "overhead": 0.2,
     "evaluate --train '--iterations 200'": 0.1,
-    "gradient": 0.5,
+    "gradient": 0.6,
     "diversity": 0.35,
-    "scaling": 0.7,
+    "scaling": 0.45,
     "ablation": 1.0,
     "alignment": 2.2,
     "alignment --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4"

@@ -5,10 +5,10 @@ Hypothesis  More leaves learn more an update; time grows with the forwards of th
 Metric      Reward after the same updates, and after the same wall-clock: cheap arms take more updates, so that all are still
             training when the time is up. Wall-clock is rollout, decoding, reward and training, measured alone. Policy seconds
             (rollout and training) an iteration over DanceGRPO's at equal leaves; reward = a + b log2(leaves) for each seed,
-            with the interval of b over seeds.
+            with the interval of b over seeds, for K, for the splits, and for all arms together. One learning rate for all.
 Rule        The law holds where the interval of b excludes 0.
 
-    python bench/scaling.py              # 50 minutes on 2 cores
+    python bench/scaling.py              # 25 minutes on 2 cores
 """
 
 import common
@@ -26,6 +26,11 @@ ARMS = {  # name -> branch, splits
     "K = 3, 4 splits": (3, "0,1,3,4"),
     "K = 4, 4 splits": (4, "0,1,3,4"),
 }
+SWEEPS = {  # the law is fitted to each
+    "K": [name for name in ARMS if name.endswith("4 splits")],
+    "splits": [name for name in ARMS if name.startswith("K = 2")],
+    "all": list(ARMS),
+}
 UNITS = 17_000  # forwards + 3 trained parents of a prompt, that every arm may spend; the larger take a few updates more
 
 
@@ -35,11 +40,19 @@ def updates_of(o, flags: str, at_least: int) -> int:
     return max(at_least, round(UNITS / (found["forwards"] + 3 * found["trained_parents"])))
 
 
-def reward_at(rows: list[dict], iteration: float) -> float:
-    """Held-out reward after so many iterations: the mean of the last three evaluations, linear between evaluations."""
-    at = [(row["iteration"], row["heldout_reward"]) for row in rows if "heldout_reward" in row]
-    updates, rewards = zip(*at)
-    return float(np.interp(iteration, updates, common.trailing(rewards)))
+def curve(rows: list[dict]) -> list[tuple[int, float]]:
+    """Updates and held-out reward of every evaluation."""
+    return [(row["iteration"], row["heldout_reward"]) for row in rows if "heldout_reward" in row]
+
+
+def fitted(rows: dict, key: str, seeds: int) -> dict:
+    """The law of every sweep: b and a of each seed."""
+    found = {}
+    for sweep, names in SWEEPS.items():
+        some = [rows[n] for n in names if n in rows]
+        x = np.log2([r["leaves"] for r in some])
+        found[sweep] = [np.polyfit(x, [r[key][s] for r in some], 1).tolist() for s in range(seeds) if len(some) > 1]
+    return {sweep: law for sweep, law in found.items() if law}
 
 
 def draw(document: dict):
@@ -53,7 +66,7 @@ def draw(document: dict):
     ):
         means, low, high = np.array([common.interval(r[key]) for r in rows]).T
         left.errorbar(shift * leaves, means, [means - low, high - means], fmt="o", color=colour, capsize=3, label=label)
-        slope, intercept = np.mean(document["laws"][key], 0)
+        slope, intercept = np.mean(document["laws"][key]["all"], 0)
         left.plot(leaves, intercept + slope * np.log2(leaves), "--", color=colour, lw=1)
     left.set(xscale="log", xlabel="leaves", ylabel="held-out reward")
     left.legend()
@@ -85,32 +98,36 @@ def main() -> None:
     rows, first = {}, common.prepare(o, shared, lr=1e-12)
     for name, f in flags.items():
         alone = common.variant(first, o, f + shared)
-        leaves = alone.o.leaves
-        dance = common.variant(first, o, f"--method flowgrpo --sde dance --leaves {leaves}{shared}")
-        timed = {key: [loop.iterate(r, i)[0] for i in range(4)][1:] for key, r in (("mix", alone), ("dance", dance))}
-        policy = {k: float(np.median([common.policy_seconds(r) for r in v])) for k, v in timed.items()}
-        whole = float(np.median([sum(v for k, v in r.items() if k.startswith("seconds_")) for r in timed["mix"]]))
-        rows[name] = {"leaves": leaves, "updates": many[name], "seconds": whole}
-        rows[name] |= {"policy_seconds": policy["mix"], "dance_seconds": policy["dance"]}
+
+        def timed(alone=alone) -> dict:
+            """Median seconds of an iteration, whole and of the policy, and DanceGRPO's at equal leaves; three after one to warm up."""
+            many_leaves = f"--method flowgrpo --sde dance --leaves {alone.o.leaves}{shared}"
+            dance = common.variant(first, o, many_leaves)
+            mix, dance = ([loop.iterate(r, i)[0] for i in range(4)][1:] for r in (alone, dance))
+            whole = [sum(v for k, v in row.items() if k.startswith("seconds_")) for row in mix]
+            policy, dances = ([common.policy_seconds(row) for row in found] for found in (mix, dance))
+            medians = map(float, map(np.median, (whole, policy, dances)))
+            return dict(zip(("seconds", "policy_seconds", "dance_seconds"), medians))
+
+        rows[name] = {"leaves": alone.o.leaves, "updates": many[name]} | common.kept(
+            o, "scaling", f"seconds {name}", timed
+        )
     time = min(r["seconds"] * r["updates"] for r in rows.values())
     for name, row in rows.items():
-        seeds_of = [done[f"{name} seed {s}"] for s in range(1, seeds + 1)]
         row["updates_in_time"] = time / row["seconds"]
-        row["reward"] = [reward_at(rs, iterations) for rs in seeds_of]
-        row["reward_at_time"] = [reward_at(rs, row["updates_in_time"]) for rs in seeds_of]
-    x = np.log2([r["leaves"] for r in rows.values()])
-    laws = {
-        k: [np.polyfit(x, [r[k][s] for r in rows.values()], 1).tolist() for s in range(seeds)]
-        for k in ("reward", "reward_at_time")
-    }
-    slopes = {k: common.interval([b for b, _ in law]) for k, law in laws.items()}
+        row["curves"] = [curve(done[f"{name} seed {s}"]) for s in range(1, seeds + 1)]
+        for key, updates in (("reward", iterations), ("reward_at_time", row["updates_in_time"])):
+            row[key] = [float(np.interp(updates, *zip(*c))) for c in row["curves"]]
+    laws = {key: fitted(rows, key, seeds) for key in ("reward", "reward_at_time")}
+    slopes = {key: {sweep: common.interval([b for b, _ in law]) for sweep, law in v.items()} for key, v in laws.items()}
     print(f"{'':<18}{'leaves':>7}{'reward':>9}{'at time':>9}{'updates':>9}{'s/iter':>8}{'Dance s':>9}{'ratio':>7}")
     for name, r in rows.items():
         rewards = f"{np.mean(r['reward']):9.4f}{np.mean(r['reward_at_time']):9.4f}{r['updates_in_time']:9.0f}"
         seconds = f"{r['policy_seconds']:8.2f}{r['dance_seconds']:9.2f}{r['policy_seconds'] / r['dance_seconds']:7.3f}"
         print(f"{name:<18}{r['leaves']:7d}{rewards}{seconds}")
-    for k, (b, low, high) in slopes.items():
-        print(f"{k}: {b:+.4f} [{low:+.4f}, {high:+.4f}] for each doubling of the leaves")
+    for key, sweeps in slopes.items():
+        for sweep, (b, low, high) in sweeps.items():
+            print(f"{key}, {sweep}: {b:+.4f} [{low:+.4f}, {high:+.4f}] for each doubling of the leaves")
     common.finish(
         "scaling", o, {"rows": rows, "laws": laws, "slopes": slopes, "updates": iterations, "seconds": time}, draw
     )
