@@ -192,6 +192,13 @@ def interval(values, level: float = 0.95) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def jackknife(statistic, n: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Value and Student's interval of what `statistic(left_out)` makes of n independent units, all of them where it is None."""
+    whole, parts = np.asarray(statistic(None)), np.array([statistic(i) for i in range(n)])
+    half = stats.t.ppf((1 + level) / 2, n - 1) * ((n - 1) * parts.var(0)) ** 0.5
+    return whole, whole - half, whole + half
+
+
 def provenance(o) -> dict:
     """Arguments, versions, commit and machine."""
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)

@@ -25,7 +25,6 @@ import common
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from scipy import stats
 from tqdm import tqdm
 
 from branchgrpo import Sampler, gather, generators, prune, rollout, update
@@ -177,14 +176,10 @@ def compared(m: dict, reference: dict, base: dict, base_reference: dict) -> dict
             values += [row[i], m["units"] * row[i], m["units"] * row[i] / (base["units"] * other[i]), row[i + 1]]
         return values
 
-    whole, prompts = found(None), len(m["own"])
-    parts, result = np.array([found(p) for p in range(prompts)]), {}
-    half = stats.t.ppf(0.975, prompts - 1) * ((prompts - 1) * parts.var(0)) ** 0.5
+    rows, result = np.stack(common.jackknife(found, len(m["own"])), 1), {}
     keys = ("relative_noise", "units_to_signal", "units_over_base", "cosine")
-    for i, (scope, key) in enumerate(itertools.product(SCOPES, keys)):
-        seen = np.isfinite([whole[i], half[i]]).all()
-        row = [float(whole[i] + k * half[i]) for k in (0, -1, 1)] if seen else None
-        result.setdefault(scope, {})[key] = row
+    for (scope, key), row in zip(itertools.product(SCOPES, keys), rows):
+        result.setdefault(scope, {})[key] = row.tolist() if np.isfinite(row).all() else None
     return result
 
 

@@ -74,6 +74,9 @@ def draw(document: dict):
     right.plot(leaves, [r["dance_seconds"] for r in rows], "s", color=common.COLOURS[7], label="sequential DanceGRPO")
     right.set(xscale="log", yscale="log", xlabel="leaves", ylabel="policy seconds an iteration")
     right.legend()
+    for ax in (left, right):
+        ax.minorticks_off()
+        ax.set_xticks(leaves, leaves)
     return figure
 
 
