@@ -7,7 +7,7 @@ Metric      Policy seconds until the held-out reward (mean of the last three eva
             DanceGRPO itself takes to its mark, which it may reach before its end. Seconds an update are measured alone, at
             the end. Beside it: final scores, the watched ones too, and the area under the curve against updates.
 Rule        Same leaves, same updates, same prompts. Each arm runs at its own best eta and learning rate from one grid, chosen
-            by successive halving on prompts that are neither trained on nor tested on. Median over seeds and each seed's
+            by successive halving on prompts that tuning does not train on and the test does not hold. Median over seeds and each seed's
             value are reported; a seed that never reaches the mark counts as "not reached".
 
     python bench/alignment.py            # 2.2 hours on 2 cores; resumes where it was stopped
