@@ -214,9 +214,9 @@ def main() -> None:
     """Estimate, compare; table, JSON, figure."""
     parser = common.parser(__doc__)
     parser.add_argument(
-        "--trials", type=int, default=8, help="of every prompt and arm; the references take twice as many"
+        "--trials", type=int, default=32, help="of every prompt and arm; the references take twice as many"
     )
-    parser.add_argument("--prompts", type=int, default=32, help="drawn from the training prompts")
+    parser.add_argument("--prompts", type=int, default=8, help="drawn from the training prompts")
     o = parser.parse_args()
     n, many = (2, 2) if o.smoke else (o.trials, o.prompts)
     run, rows, references, arms = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}, {}
