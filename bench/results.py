@@ -99,24 +99,34 @@ def ablation(d: dict) -> str:
     ]
     head = ["group", "arm", "held-out reward", "minus the group's first", "policy seconds"]
     note = "The paper finds s = 4 best of 1, 2, 4, 8, early splits better than late, beta = 1 steadier than 0, depth pruning best."
-    return f"{table(head, rows)}\n\n{note} Ours: {d['seeds']} paired seeds, {d['iterations']} updates."
+    ours = f"Ours: {d['seeds']} paired seeds, {d['iterations']} updates, one learning rate; intervals from a spread pooled over all arms ({d['spread']:.3f})."
+    return f"{table(head, rows)}\n\n{note} {ours} Most groups share their first arm: they shift together with its luck."
 
 
 def diversity(d: dict) -> str:
     """MMD^2, and distances within a prompt."""
     rows = [
-        [space, name, f"{r['mmd2']:.5f}", f"{r['null_95']:.5f}", f"{r['p']:.4f}", f"{r['kid']:.4g}"]
+        [
+            space,
+            name,
+            f"{r['mmd2']:.5f}",
+            f"{r['null_95']:.5f}",
+            None if name.startswith("tree, all") else f"{r['p']:.4f}",
+            f"{r['kid']:.4g}",
+            r["same_prompt"],
+        ]
         for space, found in d["features"].items()
         for name, r in found.items()
     ]
-    head = ["features", "against sequential samples", "MMD^2", "95 % of the null", "p", "KID"]
+    head = ["features", "against sequential samples", "MMD^2", "95 % of the null", "p", "KID", "same prompt"]
     within = "; ".join(
         f"{space}: " + ", ".join("{:.3f} [{:.3f}, {:.3f}] at s = {}".format(*v, s) for s, v in rows.items())
         for space, rows in d["within"].items()
     )
     note = (
         f"n = {d['n']} a side, {d['arguments']['repeats']} times in the first two rows of each space. The paper: MMD^2 about .019 (project page), .0067 (Inception) and .0149 (CLIP) at 4,096 a side, of all leaves."
-        " Leaves of one tree are not independent, so p says nothing in the last rows: what counts there is the size."
+        " Leaves of one tree are not independent, so the last rows have no p; only pairs of one tree make them differ, so MMD^2 falls as trees are"
+        " added, and the last column is the mean over those pairs alone, which does not."
         f" Mean distance of the leaves of a tree, over that of as many sequential samples: {within}."
     )
     missed = [
@@ -144,7 +154,7 @@ def diversity(d: dict) -> str:
     names = [f"distance, {space}" for space in any_tail["distance"]]
     names += [f"{reward} minus Euler's" for reward in any_tail["reward_minus_euler"]]
     below = (
-        "The deterministic tail after the last split, from the same noises: mean distance to the picture of the same tail in 50 second-order"
+        "The deterministic tail after the last split, from the same noises; its first and last steps are Euler's, those between of second order. Mean distance to the picture of the same tail in 50 second-order"
         " steps, over the distance of two pictures of one prompt."
     )
     return f"{table(head, rows)}\n\n{note}\n\n{table(['tail', 'model calls a picture', *names], tails)}\n\n{below}"
@@ -164,33 +174,41 @@ def scaling(d: dict) -> str:
         "updates in that time",
     ]
     head += ["policy s an iteration", "over DanceGRPO's at equal leaves"]
-    slopes = "; ".join(f"{k.replace('_', ' ')}: {span(v)} a doubling of the leaves" for k, v in d["slopes"].items())
-    note = f"Slope of {slopes}. The paper: 680 s against 2,400 s at 81 samples (.28); reward rises with K and splits at equal iterations."
+    slopes = "; ".join(
+        f"{k.replace('_', ' ')}, {sweep}: {span(v)}" for k, found in d["slopes"].items() for sweep, v in found.items()
+    )
+    note = f"One learning rate for all. Change with each doubling of the leaves of {slopes}. The paper: 680 s against 2,400 s at 81 samples (.28); reward rises with K and splits at equal iterations."
     return f"{table(head, rows)}\n\n{note}"
 
 
 def gradient(d: dict) -> str:
     """Noise and bias."""
-    rows = []
+    rows, scopes = [], ("one prompt", "all prompts")
+
+    def shown(values, f: str) -> str:
+        return "{:{f}} [{:{f}}, {:{f}}]".format(*values, f=f) if values else "no signal found"
+
     for name, r in d["rows"].items():
-        shown = (("relative_noise", ".1f"), ("units_to_signal", ",.0f"), ("units_over_base", ".3f"), ("cosine", ".3f"))
-        cells = ["{:{f}} [{:{f}}, {:{f}}]".format(*r[key], f=f) if r[key] else "no signal found" for key, f in shown]
-        rows.append([name, r["units"], *cells])
-    head = [
-        "estimate",
-        "units",
-        "tr Cov / length^2",
-        "units until signal equals noise",
-        "the same over the first row's",
+        cells = [
+            shown(r[scope][k], f)
+            for scope in scopes
+            for k, f in (("relative_noise", ".0f"), ("units_over_base", ".2f"))
+        ]
+        rows.append([name, r["units"], *cells, *(shown(r[scope]["cosine"], ".2f") for scope in scopes)])
+    head = ["estimate", "units"]
+    head += [
+        f"{what}, {scope}" for scope in scopes for what in ("tr Cov / length^2", "units to signal over the first row's")
     ]
-    head += ["cosine with REINFORCE"]
-    pairs = "; ".join("{}: {:.2f} [{:.2f}, {:.2f}]".format(name, *r) for name, r in d["pairs"].items() if r)
+    head += [f"cosine with REINFORCE, {scope}" for scope in scopes]
+    pairs = [[name, *(shown(r[scope], ".2f") for scope in scopes)] for name, r in d["pairs"].items()]
     note = (
-        f"Of one prompt's gradient: {d['trials']} rollouts of each of {len(d['prompts'])} prompts. A unit is a forward; a backward counts two."
-        " At equal updates the noise decides, at equal time the units."
-        f" Units, paired by prompt: {pairs}. The paper has no such figures."
+        f"{d['trials']} rollouts of each of {len(d['prompts'])} prompts; a unit is a forward, a backward counts two. One prompt: how well a rollout"
+        " estimates its own prompt's gradient; all prompts: how well it estimates the mean over prompts, which training follows. At equal updates"
+        " the noise decides, at equal time the units. The cosine of the two references, all steps noisy and splits noisy:"
+        f" {shown(d['references_cosine'], '.2f')}. The paper has no such figures."
     )
-    return f"{table(head, rows)}\n\n{note}"
+    ratios = table(["ratio of units to signal", *scopes], pairs)
+    return f"{table(head, rows)}\n\n{ratios}\n\n{note}"
 
 
 def overhead(d: dict) -> str:
