@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="drawn from the training prompts")
     o = parser.parse_args()
     n, many = (2, 2) if o.smoke else (o.trials, o.prompts)
-    run, rows, references, arms = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}, {}
+    run, rows, drawn, references, arms = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}, {}, {}
     prompts = [run.prompts[i] for i in np.random.default_rng(0).permutation(len(run.prompts))[:many]]
     with tqdm(total=n * many * (len(ARMS) + 4), desc="gradients", file=sys.stderr) as bar:
 
@@ -233,7 +233,7 @@ def main() -> None:
             )
 
         for noisy in ("all", "splits"):  # from noises that no arm has
-            m = kept(f"reference {noisy}", range(n, 3 * n), False, reinforce, "path", noisy)
+            drawn[noisy] = m = kept(f"reference {noisy}", range(n, 3 * n), False, reinforce, "path", noisy)
             references[noisy] = m | products(m, m)
         print(f"{'units; of one prompt, of all: noise, units over the first arm, cosine':<70}")
         for name, arm in ARMS.items():
@@ -247,9 +247,8 @@ def main() -> None:
     pairs = {name: {scope: found[scope]["units_over_base"] for scope in SCOPES} for name, found in pairs.items()}
     for name, ratios in pairs.items():
         print(f"units, {name}:", {scope: [round(x, 3) for x in v] for scope, v in ratios.items() if v})
-    same = compared(references["splits"], references["all"], references["all"], references["all"])["all prompts"][
-        "cosine"
-    ]
+    both = products(drawn["splits"], drawn["all"])  # of different prompts: those of one prompt share their noises
+    same = compared(both, references["all"], both, references["all"])["all prompts"]["cosine"]
     print("cosine of the two references:", same)
     document = {"rows": rows, "pairs": pairs, "references_cosine": same, "trials": n, "prompts": prompts}
     common.finish("gradient", o, document, draw)
