@@ -47,7 +47,9 @@ def test_results_are_what_the_json_says():
 def test_the_figures_of_the_readme_are_the_benchmarks():
     """Whatever README takes from a benchmark is what its JSON says."""
     text = " ".join((HERE / "README.md").read_text().split())
-    found = {name: results.loaded(name) for name in ("timing", "overhead", "alignment", "diversity", "scaling")}
+    found = {
+        name: results.loaded(name) for name in ("timing", "overhead", "alignment", "diversity", "gradient", "scaling")
+    }
     ratio = {name: f"{r['ratio']:.2f}".lstrip("0") for name, r in found["timing"]["rows"].items()}
     flash, many = ratio["Mix, splits alone, flash 4"], ratio["Mix, splits alone, flash 4, 81"]
     cost = {name: np.median(values) for name, values in found["overhead"]["ratios"].items()}
@@ -56,6 +58,15 @@ def test_the_figures_of_the_readme_are_the_benchmarks():
     per_update = best["seconds_an_update"] / arms["DanceGRPO"]["seconds_an_update"]
     spaces = found["diversity"]["features"]
     one = {space: f"{rows['tree, one leaf of each']['p']:.2f}".lstrip("0") for space, rows in spaces.items()}
+    estimates = {name: r["one prompt"] for name, r in found["gradient"]["rows"].items()}
+    worth = {
+        n: "{:.2f} [{:.2f}, {:.2f}]".format(*r["units_over_base"]).replace("0.", ".") for n, r in estimates.items()
+    }
+    full = "all steps noisy, tree, every edge the same weight (Eq. 5)"
+    splits = "splits noisy, tree, every edge the same weight"
+    pruned = [worth[f"the same, {kind}-pruned"].split()[0] for kind in ("width", "depth")]
+    biased = [name for name, r in estimates.items() if not r["cosine"][1] < 1 < r["cosine"][2]]
+    assert biased == ["the same, width-pruned"]
     tails = found["diversity"]["tails"]
     euler, four, three = (
         f"{tails[name]['distance']['pixels']:.3f}"[1:] for name in ("Euler, 5 steps", "--flash 4", "--flash 3")
@@ -79,6 +90,7 @@ def test_the_figures_of_the_readme_are_the_benchmarks():
             mixgrpo["seconds_an_update"] / arms["DanceGRPO"]["seconds_an_update"], *mixgrpo["final_minus_dance"]
         )[1:],
         f"lie {within[0]:.2f} and {within[1]:.2f} times".replace(" 0.", " ."),
+        f"the tree {worth[full]}, width-pruned {pruned[0]}, depth-pruned {pruned[1]}, the tree with its splits alone noisy {worth[splits]}",
         f"BranchGRPO {ratio['BranchGRPO']}, with width pruning {ratio['+ width (Parent-Top1)']}, with depth pruning"
         f" {ratio['+ depth, window 5']}, Mix {ratio['Mix, window 4']}, its splits alone {ratio['Mix, splits alone']},"
         f" with a flash tail {flash}; of 81 leaves {many}.",
