@@ -123,15 +123,12 @@ def tails(o, run, spaces: dict, n: int) -> dict[str, dict]:
     before = max(options.splits) + 1  # steps before the tail, noisy at the splits alone
     euler = f"Euler, {options.steps - before} steps"
     steps = {"exact": EXACT, "other": EXACT, euler: options.steps - before} | {f"--flash {k}": k for k in (4, 3, 2, 1)}
-    x = {}
+    x, every = {}, spaces | {"rewards": reward_features(run)}
     for name, k in tqdm(steps.items(), desc="tails", file=sys.stderr):
         forest = make_forest(before + k, 2, (), chosen=options.splits)
         sigmas = sigma_schedule(options.steps, options.shift, (before, k))
         args = (forest, Sampler(sigmas, options.sde, options.eta, flash=name != euler), n * (name == "other"), n, False)
-        every = spaces | {"rewards": reward_features(run)}
-        x[name] = common.kept(
-            o, "diversity", f"tail {name}, {n}", lambda args=args, every=every: samples(run, every, *args)
-        )
+        x[name] = common.kept(o, "diversity", f"tail {name}, {n}", lambda args=args: samples(run, every, *args))
     for name in list(steps)[2:]:
         minus = (x[name]["rewards"] - x[euler]["rewards"]).T
         found[name] = {"model_calls": before + steps[name], "distance": {}}
@@ -139,6 +136,13 @@ def tails(o, run, spaces: dict, n: int) -> dict[str, dict]:
         for space in spaces:
             own, between = (np.linalg.norm(v - x["exact"][space], axis=1) for v in (x[name][space], x["other"][space]))
             found[name]["distance"][space] = float(own.mean() / between.mean())
+    print(f"{'tail':<16}{'calls':>6}   distance to the exact picture, over that of two pictures; reward minus Euler's")
+    for name, r in found.items():
+        shown = ", ".join(f"{space} {v:.3f}" for space, v in r["distance"].items())
+        shown += "; " + ", ".join(
+            "{} {:+.4f} [{:+.4f}, {:+.4f}]".format(k, *v) for k, v in r["reward_minus_euler"].items()
+        )
+        print(f"{name:<16}{r['model_calls']:6d}   {shown}")
     return found
 
 
@@ -285,15 +289,9 @@ def main() -> None:
             print(f"  {name:<30}{r['mmd2']:10.5f}{r['p']:8.3f}{r['null_95']:11.5f}{r['kid']:10.5f}")
         shown = ", ".join("s = {}: {:.3f} [{:.3f}, {:.3f}]".format(s, *v) for s, v in within[space].items())
         print(f"  distance within a prompt, over sequential: {shown}")
-    found_tails = tails(o, run, spaces, n)
-    print(f"{'tail':<16}{'calls':>6}   distance to the exact picture, over that of two pictures; reward minus Euler's")
-    for name, r in found_tails.items():
-        shown = ", ".join(f"{space} {v:.3f}" for space, v in r["distance"].items())
-        shown += "; " + ", ".join(
-            "{} {:+.4f} [{:+.4f}, {:+.4f}]".format(k, *v) for k, v in r["reward_minus_euler"].items()
-        )
-        print(f"{name:<16}{r['model_calls']:6d}   {shown}")
-    common.finish("diversity", o, {"features": found, "within": within, "tails": found_tails, "n": n}, draw)
+    common.finish(
+        "diversity", o, {"features": found, "within": within, "tails": tails(o, run, spaces, n), "n": n}, draw
+    )
 
 
 if __name__ == "__main__":

@@ -58,22 +58,22 @@ def unfused(out, forest, rewards):
     return depth_advantages([rewards[:, :: forest.leaves // n].double() for n in forest.sizes])
 
 
+TREE = "all steps noisy, tree, every edge the same weight (Eq. 5)"
+SPLITS = "splits noisy, tree, every edge the same weight"
 ARMS = {  # name -> is it a tree? credit, loss weight, the reference it estimates, pruning
     "all steps noisy, independent": (False, group, "path", "all"),
     "all steps noisy, tree": (True, branch, "path", "all"),
-    "all steps noisy, tree, every edge the same weight (Eq. 5)": (True, branch, "edge", "all"),
+    TREE: (True, branch, "edge", "all"),
     "the same, width-pruned": (True, branch, "edge", "all", {"width": "parent-top1"}),
     "the same, depth-pruned": (True, branch, "edge", "all", {"depth": 0.25}),
     "all steps noisy, tree, group advantage": (True, group, "path", "all"),
     "all steps noisy, tree, no fusion": (True, unfused, "path", "all"),
     "splits noisy, independent": (False, group, "path", "splits"),
     "splits noisy, tree": (True, branch, "path", "splits"),
-    "splits noisy, tree, every edge the same weight": (True, branch, "edge", "splits"),
+    SPLITS: (True, branch, "edge", "splits"),
     "splits noisy, tree, group advantage": (True, group, "path", "splits"),
     "the same, every edge the same weight": (True, group, "edge", "splits"),
 }
-TREE = "all steps noisy, tree, every edge the same weight (Eq. 5)"
-SPLITS = "splits noisy, tree, every edge the same weight"
 PAIRS = {  # question -> the arms whose units are divided
     "width pruning": ("the same, width-pruned", TREE),
     "depth pruning": ("the same, depth-pruned", TREE),

@@ -287,9 +287,8 @@ def test_flux_1_dev_at_full_width(capsys):
     Text encoders and VAE are stand-ins, of the true widths where the transformer meets them.
     """
     pipe = build()
-    pipe.vae.register_to_config(
-        scaling_factor=0.3611, shift_factor=0.1159
-    )  # FLUX.1-dev's, which training the tiny VAE would set
+    # FLUX.1-dev's own, which training the tiny VAE would set
+    pipe.vae.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
     pipe.text_encoder.config.hidden_size, pipe.text_encoder_2.config.d_model = 768, 4096
     pipe.text_encoder = type(pipe.text_encoder)(pipe.text_encoder.config)
     pipe.text_encoder_2 = type(pipe.text_encoder_2)(pipe.text_encoder_2.config)
