@@ -8,7 +8,7 @@ Rule        A change counts where Student's 95 % interval of the paired differen
             arms, since three seeds say little of their own. With two dozen changes one is expected to do so by chance. Most groups
             share their first arm, the default: where its runs were lucky, all of them shift together. One learning rate for all.
 
-    python bench/ablation.py             # 1 hour on 2 cores
+    python bench/ablation.py             # 55 minutes on 2 cores
 """
 
 import common

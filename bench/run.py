@@ -23,7 +23,7 @@ HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> h
     "gradient": 0.6,
     "diversity": 0.35,
     "scaling": 0.45,
-    "ablation": 1.0,
+    "ablation": 0.9,
     "alignment": 2.2,
     "alignment --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4"
     " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 1.1,

@@ -71,7 +71,14 @@ def test_the_figures_of_the_readme_are_the_benchmarks():
     law = found["scaling"]["slopes"]["reward"]["all"]
     largest, mixgrpo = list(found["scaling"]["rows"].values())[-1], arms["MixGRPO"]
     within = [found["diversity"]["within"][space]["4"][0] for space in ("OCR outputs", "pixels")]
+    ablated = {
+        arm: r["difference"] for arms in results.loaded("ablation")["groups"].values() for arm, r in arms.items()
+    }
+    lower = ("dance 0.8", "flow 0.7", "s = 2", "splits and a window", "late 4,5,6,7")
+    at = [f"({ablated[arm][0]:+.3f})" for arm in lower]
     for words in (
+        f"the steps dance .8 {at[0]} and flow .7 {at[1]}, branch noise s = 2 {at[2]}, noisy steps beside the splits {at[3]}, late splits {at[4]}",
+        "is at the edge, {:+.3f} [{:+.3f}, {:+.3f}]".format(*ablated["over a group"]),
         f"closer to the ODE's picture than five of Euler ({four} against {euler} of the distance",
         f"pixels; ocr reward {changed[4]['ocr'][0]:.3f})".replace("-0.", "-."),
         f"three a little farther ({three}; ocr +-.004, colour {changed[3]['colour'][0]:.3f})".replace("-0.", "-."),
@@ -106,6 +113,10 @@ def test_the_benchmarks_keep_what_readme_says_of_them():
     estimates = {name: r["one prompt"]["cosine"] for name, r in found["gradient"]["rows"].items()}
     assert [name for name, (_, low, high) in estimates.items() if not low < 1 < high] == ["the same, width-pruned"]
     assert max(map(abs, found["diversity"]["tails"]["--flash 3"]["reward_minus_euler"]["ocr"][1:])) < 0.0045
+    groups = results.loaded("ablation")["groups"].values()
+    ablated = {arm: r["difference"] for arms in groups for arm, r in list(arms.items())[1:]}
+    apart = {arm for arm, (_, low, high) in ablated.items() if not low < 0 < high}
+    assert len(ablated) == 23 and apart == {"dance 0.8", "flow 0.7", "s = 2", "splits and a window", "late 4,5,6,7"}
     _, low, high = found["scaling"]["slopes"]["reward_at_time"]["all"]
     assert low < 0 < high
     for rows in found["diversity"][
