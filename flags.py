@@ -8,6 +8,7 @@ widths of windows. Only an explicit contradiction is an error.
 import argparse
 import json
 import math
+import random
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def number(kind: type, low: float, high: float = math.inf, above=False, below=Fa
 
 COUNT, FROM_ZERO = number(int, 1), number(int, 0)
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
+SHARE, BELOW_ONE = number(float, 0, 1, above=True), number(float, 0, 1, below=True)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -80,7 +82,7 @@ def parser(description: str, model: str, height: int, width: int, reward: str, g
     g = p.add_argument_group("model and data").add_argument
     g("--model", default=model, help="folder or hub id of a diffusers pipeline")
     g("--prompts", help="text (a line each), .json, .jsonl, .csv, .parquet, hub:NAME:SPLIT; default: the embedded ones")
-    g("--eval-prompts", help="held-out prompts, likewise; default: the last tenth of --prompts")
+    g("--eval-prompts", help="held-out prompts, likewise; default: a random tenth of --prompts")
     g("--prompt-column", default="prompt", help="of a record of --prompts and --eval-prompts")
     g("--height", type=COUNT, default=height, help="pixels (paper: 720)")
     g("--width", type=COUNT, default=width, help="pixels (paper: 720)")
@@ -161,21 +163,18 @@ def add_learning_flags(p, reward: str) -> None:
     g("--advantage", choices=("depth", "group"), default="depth", help=normalised)
     g("--adv-clip", type=POSITIVE, default=5.0, help="A_max (DanceGRPO: 5)")
     g("--loss-weight", choices=("edge", "path"), default="edge", help="see branchgrpo.gather (paper: edge)")
-    g("--clip", type=number(float, 0, 1, above=True), default=1e-4, help="clip range of the ratio (DanceGRPO: 1e-4)")
+    g("--clip", type=SHARE, default=1e-4, help="clip range of the ratio (DanceGRPO: 1e-4)")
     g("--kl", type=NOT_NEGATIVE, default=0.0, help="weight of the KL to the untrained model (Flux: 0)")
-    share = number(float, 0, 1, above=True)
-    g("--timestep-fraction", type=share, default=1.0, help="share of stochastic steps trained (DanceGRPO: .6, 1)")
+    g("--timestep-fraction", type=SHARE, default=1.0, help="share of stochastic steps trained (DanceGRPO: .6, 1)")
     g = p.add_argument_group("optimisation").add_argument
     g("--iterations", type=FROM_ZERO, default=400, help="0 only evaluates (paper: 300)")
     g("--prompts-per-iteration", type=COUNT, default=4, help="over all processes")
     g("--updates", type=COUNT, default=1, help="optimiser steps an iteration; 1 is exactly on-policy")
     g("--lr", type=POSITIVE, default=7e-5, help="AdamW (paper: 1e-5 full, field: 3e-4 LoRA)")
-    share = number(float, 0, 1)
-    g("--lr-end", type=share, default=0.0, help="share of --lr left at the end, linear (paper: 1, constant)")
+    g("--lr-end", type=number(float, 0, 1), default=0.0, help="share of --lr left at the end, linear (paper: 1)")
     g("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="AdamW (paper: 1e-4)")
     g("--max-grad-norm", type=NOT_NEGATIVE, default=1.0, help="0 = no clipping (field: 1; .01 cures collapses)")
-    decay = number(float, 0, 1, below=True)
-    g("--ema", type=decay, default=0.0, help="decay of the weights evaluated and saved; 0 = off (paper: .995)")
+    g("--ema", type=BELOW_ONE, default=0.0, help="decay of the weights evaluated and saved; 0 = off (paper: .995)")
 
 
 # ------------------------------------------------------------------------------------------------------------- resolve
@@ -258,8 +257,7 @@ def resolve(o) -> None:
     if o.cps_density == "upstream" and o.sde != "cps":
         raise ValueError(f"--cps-density upstream goes with --sde cps, not {o.sde}")
     if o.prompts_per_iteration % o.updates:
-        p = o.prompts_per_iteration
-        raise ValueError(f"--updates must divide --prompts-per-iteration ({p}), got {o.updates}")
+        raise ValueError(f"--updates must divide --prompts-per-iteration ({o.prompts_per_iteration}), got {o.updates}")
     weights = parse_weights(o.reward)
     if not any(weights.values()):
         raise ValueError(f"--reward needs a reward with a weight other than 0, got {o.reward!r}")
@@ -308,7 +306,7 @@ def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
             rows = Path(path).read_text(encoding="utf-8").splitlines()
     except (KeyError, TypeError) as error:
         raise ValueError(f"{flag} {path} has no column {column!r}: name it with --prompt-column") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{flag} {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
     prompts = list(dict.fromkeys(filter(None, (str(row).strip() for row in rows if row is not None))))
     if not prompts:
@@ -328,8 +326,8 @@ def load_prompts(o, train: str, heldout: str) -> tuple[list[str], list[str]]:
     if o.eval_prompts or not o.prompts:
         held = read_prompts(o.eval_prompts or str(heldout), "--eval-prompts", o.prompt_column)
     else:
-        n = max(1, len(prompts) // 10)
-        prompts, held = prompts[:-n], prompts[-n:]
+        n, mixed = max(1, len(prompts) // 10), random.Random(0).sample(prompts, len(prompts))  # files may be sorted
+        prompts, held = mixed[:-n], mixed[-n:]
     if not prompts:
         raise ValueError(f"--prompts {o.prompts} needs at least two prompts, or --eval-prompts beside it")
     if shared := set(prompts) & set(held):

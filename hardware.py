@@ -200,7 +200,7 @@ def memory(o, gpus: int) -> dict[str, float]:
         "two blocks gathered, one reduced": (2 * half + half + 4) * arch.block if o.fsdp else 0,
         "gradients, fp32": 4 * trained / share,
         "gradients, DDP's buckets": 4 * trained if gpus > 1 and not o.fsdp else 0,
-        "AdamW's two moments, fp32": 8 * trained / share,
+        "AdamW's two moments and a temporary, fp32": 12 * trained / share,
         "EMA, fp32": 4 * trained / share if o.ema else 0,
         "activations": kept + a_block if o.gradient_checkpointing else a_block * arch.blocks,
     }

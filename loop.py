@@ -329,6 +329,8 @@ def main(o, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: li
     handlers = [patience, DistributedDataParallelKwargs(broadcast_buffers=False)]  # buffers are constants
     cpu = o.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)  # --dtype alone decides
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED") or accelerator.state.dynamo_plugin.backend != "NO":
+        raise ValueError("accelerate's own sharding and compilation must be off: here they are --fsdp and --compile")
     main_process = accelerator.is_main_process
     o.out = broadcast_object_list([find_out(o) if main_process else None])[0]
     if main_process:
@@ -441,8 +443,7 @@ def train(run: Run) -> None:
         log.write({"iteration": 0, **scores, "seconds_eval": lap()}, run.pictures)
         if run.accelerator.is_main_process:
             save_file({"pictures": run.pictures.contiguous()}, run.out / "before.safetensors")
-    quiet = not run.accelerator.is_main_process
-    bar = tqdm(total=o.iterations, initial=run.iteration, desc=o.method, file=sys.stderr, disable=quiet)
+    bar = tqdm(total=o.iterations, initial=run.iteration, desc=o.method, file=sys.stderr, disable=not log.main)
     held = [r["heldout_reward"] for r in run.history if "heldout_reward" in r][-1]
     for iteration in range(run.iteration, o.iterations):
         row, histograms = iterate(run, iteration)

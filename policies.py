@@ -113,6 +113,9 @@ class Policy:
                 waits = text_offload if name.startswith("text_encoder") else sharded and name == "transformer"
                 if not waits:
                     part.to(self.device)
+        for module in pipe.transformer.modules() if autocast else ():
+            if isinstance(module, torch.nn.RMSNorm):  # CUDA's autocast leaves float32, which flash attention refuses
+                module.register_forward_hook(lambda _, inputs, normed: normed.to(inputs[0].dtype))
         self.transformer = pipe.transformer
         self.reference = copy.deepcopy(pipe.transformer) if keep_reference and not lora else None
         if lora:
@@ -126,9 +129,8 @@ class Policy:
             weight.data = weight.data.float()  # fp32 master weights, whatever the checkpoint's dtype
         if compiled:  # by the names of its blocks, which FSDP2 changes
             pipe.transformer.compile_repeated_blocks(dynamic=True)
-        for model in (self.transformer, self.reference) if sharded else ():
-            if model is not None:
-                shard(model, self.device, autocast)
+        for model in filter(None, (self.transformer, self.reference)) if sharded else ():
+            shard(model, self.device, autocast)
         self.text_offload, self.text_cache, self._encoded = text_offload, text_cache, {}
         if text_cache:
             Path(text_cache).mkdir(parents=True, exist_ok=True)
@@ -337,10 +339,8 @@ class WanPolicy(Policy):
         """Latents (B, *latent_shape) -> videos (B, F, 3, H, W) in [0, 1], float32 on the CPU; one by one, unless tiny."""
         vae, videos = self.pipe.vae, []
         micro_batch = max(1, 2**17 // self.pixels)  # as for pictures
-        mean, std = (
-            torch.tensor(v, device=self.device).view(1, -1, 1, 1, 1)
-            for v in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        norms = (vae.config.latents_mean, vae.config.latents_std)
+        mean, std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1, 1) for v in norms)
         for part in x.split(micro_batch):
             video = vae.decode((part.to(self.device) * std + mean).to(vae.dtype)).sample.float()  # (b, 3, F, H, W)
             videos.append((video / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu())

@@ -4,8 +4,9 @@ Question    Which share of DanceGRPO's policy seconds (rollout and training) doe
 Hypothesis  At most a quarter: the tree shares prefixes, siblings share forwards, and credit arrives at every depth.
 Metric      Policy seconds until the held-out reward (mean of the last three evaluations, linear between them) first reaches
             DanceGRPO's final one, over DanceGRPO's policy seconds; the same seed on both sides. The same over the seconds that
-            DanceGRPO itself takes to its mark, which it may reach before its end. Seconds an update are measured alone, at
-            the end. Beside it: final scores, the watched ones too, and the area under the curve against updates.
+            DanceGRPO itself takes to its mark, which it may reach before its end (in the JSON). Seconds an update, the policy's and
+            all (decoding and reward too), are measured alone, at the end. Beside it: final scores, the watched ones too, and the
+            area under the curve against updates.
 Rule        Same leaves, same updates, same prompts. Each arm runs at its own best eta and learning rate from one grid, chosen
             by successive halving on prompts that tuning does not train on and the test does not hold. Median over seeds and each seed's
             value are reported; a seed that never reaches the mark counts as "not reached".
@@ -38,31 +39,47 @@ VIDEO_ARMS = ("BranchGRPO + depth", "BranchGRPO-Mix, splits alone", "BranchGRPO-
 STEPS = "dance:0.8 dance:1.6 dance:2.4 cps:0.7"  # a wider search, dance .4 and cps .3, .5, .85 too, chose from these (LAB.md)
 
 
+AXES = {  # of the curves
+    "iteration": "updates",
+    "nfe": "model evaluations",
+    "seconds": "policy seconds: rollout, training",
+    "all_seconds": "wall-clock: decoding and reward too, s",
+}
+
+
 def flags_of(setting: tuple) -> str:
     """A point of the grid as flags."""
     return " --sde {} --eta {} --lr {}".format(*setting)
 
 
-def seconds_an_iteration(arms: list[str], tuned: dict, o, rounds: int = 3) -> dict[str, float]:
-    """Policy seconds (rollout and training) an iteration of each arm alone, over its window's places but the first; median."""
-    seconds = {arm: [] for arm in arms}
+def seconds_an_iteration(arms: list[str], tuned: dict, o, rounds: int = 3) -> dict[str, dict[str, list[float]]]:
+    """Policy seconds (rollout and training) and all seconds an iteration of each arm alone, a value for each round.
+
+    Means over its window's places but the first.
+    """
+    seconds = {arm: {"policy": [], "all": []} for arm in arms}
     for i in range(rounds):
         for arm in arms:
             flags = f"{ARMS[arm]}{flags_of(tuned[arm]['setting'])} --eval-size 8 --iterations 9"
             rows = common.train(o, o.out / f"time/{arm}-{i}".replace(" ", "_"), flags.split())
-            seconds[arm].append(np.mean([common.policy_seconds(row) for row in rows[2:]]))
-    return {arm: float(np.median(values)) for arm, values in seconds.items()}
+            parts = [
+                [v for k, v in row.items() if k.startswith("seconds_") and k != "seconds_eval"] for row in rows[2:]
+            ]
+            seconds[arm]["policy"].append(float(np.mean([common.policy_seconds(row) for row in rows[2:]])))
+            seconds[arm]["all"].append(float(np.mean([sum(values) for values in parts])))
+    return seconds
 
 
-def curve(rows: list[dict], an_iteration: float = 0.0) -> dict[str, list[float]]:
-    """Every held-out score against cumulated policy seconds, model evaluations and updates."""
+def curve(rows: list[dict], alone: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Every held-out score against updates, cumulated policy seconds, all seconds and model evaluations."""
     scores = [k for k in rows[0] if k.startswith("heldout_")]
-    out = {k.removeprefix("heldout_"): [] for k in ("iteration", "seconds", "nfe", *scores)}
-    nfe = 0
+    out = {k.removeprefix("heldout_"): [] for k in (*AXES, *scores)}
+    policy, whole, nfe = float(np.median(alone["policy"])), float(np.median(alone["all"])), 0
     for row in rows:
         nfe += row.get("nfe", 0)
         if "heldout_reward" in row:
-            values = [row["iteration"], row["iteration"] * an_iteration, nfe, *(row[k] for k in scores)]
+            n = row["iteration"]
+            values = [n, nfe, n * policy, n * whole, *(row[k] for k in scores)]
             for key, value in zip(out, values):
                 out[key].append(value)
     return out
@@ -123,8 +140,10 @@ def compare(results: dict) -> dict:
             row["share_of_dance_to_its_mark"].append(reached / its_own if reached is not None and its_own else None)
             row["final_reward"].append(common.trailing(mine["reward"])[-1])
             row["area"].append(float(np.trapezoid(mine["reward"], mine["iteration"]) / mine["iteration"][-1]))
-        row["seconds_an_update"] = arm_curves[0]["seconds"][-1] / arm_curves[0]["iteration"][-1]
-        row["final_scores"] = {k: [common.trailing(c[k])[-1] for c in arm_curves] for k in list(arm_curves[0])[4:]}
+        for name, key in (("seconds_an_update", "seconds"), ("all_seconds_an_update", "all_seconds")):
+            row[name] = arm_curves[0][key][-1] / arm_curves[0]["iteration"][-1]
+        scores = [k for k in arm_curves[0] if k not in AXES and k != "reward"]
+        row["final_scores"] = {k: [common.trailing(c[k])[-1] for c in arm_curves] for k in scores}
         median = float(np.median([x if x is not None else np.inf for x in row["share_of_dance_seconds"]]))
         table[arm] = row | {"median_share": median if np.isfinite(median) else None}
         first = table["DanceGRPO"]["final_reward"]
@@ -133,20 +152,28 @@ def compare(results: dict) -> dict:
 
 
 def draw(document: dict):
-    """Held-out reward against updates, model evaluations and policy seconds: mean over seeds, and their range."""
-    figure = plt.figure(figsize=(13, 4.8))
-    axes = figure.subplots(1, 3, sharey=True)
-    for ax, key, label in zip(
-        axes, ("iteration", "nfe", "seconds"), ("updates", "model evaluations", "policy seconds")
-    ):
-        for n, (arm, curves) in enumerate(document["curves"].items()):
-            x, y = curves[0][key], np.array([c["reward"] for c in curves])
-            colour, style = common.COLOURS[n % len(common.COLOURS)], "-" if n < len(common.COLOURS) else "--"
-            ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.08, lw=0)
-            ax.plot(x, y.mean(0), color=colour, ls=style, lw=2, label=arm)
-        ax.set_xlabel(label)
-    axes[0].set_ylabel("held-out reward (mean and range of seeds)")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
+    """Held-out reward, mean over seeds, against each axis; the last means minus DanceGRPO's, with their intervals."""
+    figure = plt.figure(figsize=(13, 8.5))
+    axes = list(figure.subplots(2, 3).flat)
+    for n, (arm, curves) in enumerate(document["curves"].items()):
+        look = {"color": common.COLOURS[n % len(common.COLOURS)], "ls": "-" if n < len(common.COLOURS) else "--"}
+        y = np.array([c["reward"] for c in curves])
+        for ax, (key, label) in zip(axes, AXES.items()):
+            ax.fill_between(curves[0][key], y.min(0), y.max(0), color=look["color"], alpha=0.06, lw=0)
+            ax.plot(curves[0][key], y.mean(0), **look, lw=2, label=arm)
+            ax.set(xlabel=label, ylabel="held-out reward (band: range of seeds)")
+        row, base = document["table"][arm], document["table"]["DanceGRPO"]
+        mean, low, high = row["final_minus_dance"]
+        for ax, key in zip(axes[4:], ("seconds_an_update", "all_seconds_an_update")):
+            ax.errorbar(
+                row[key] / base[key], mean, [[mean - low], [high - mean]], fmt="o", color=look["color"], capsize=3
+            )
+            ax.set(
+                xlabel=f"{AXES[key.removesuffix('_an_update')].partition(':')[0]} an update, over DanceGRPO's",
+                xlim=(0, None),
+            )
+            ax.set_ylabel("final reward minus DanceGRPO's (95 %)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
     return figure
 
 
@@ -189,6 +216,7 @@ def main() -> None:
     alone = seconds_an_iteration(arms, tuned, o, 1 if o.smoke else 3)
     results = {arm: [curve(rows, alone[arm]) for (_, a), rows in zip(tasks, runs) if a == arm] for arm in arms}
     table = compare(results)
+    table = {arm: row | {"raw_seconds_an_update": alone[arm]} for arm, row in table.items()}
     print(f"{'arm':<36} {'steps, eta, lr':>22} {'minus DanceGRPO':>28} {'s/update':>9} {'share of Dance seconds':>24}")
     for arm, row in table.items():
         share = "not reached" if row["median_share"] is None else f"{row['median_share']:.3f}"

@@ -88,9 +88,9 @@ class Failed(Exception):
 
 @functools.cache
 def code() -> str:
-    """A hash of all top-level code, comments and docstrings apart, and of everything in tiny/: what a run's result depends on."""
+    """A hash of all top-level code and of this file, comments and docstrings apart, and of tiny/: what a result depends on."""
     found = hashlib.sha256()
-    for path in sorted(ROOT.glob("*.py")):
+    for path in [*sorted(ROOT.glob("*.py")), ROOT / "bench/common.py"]:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -201,7 +201,17 @@ def jackknife(statistic, n: int, level: float = 0.95) -> tuple[np.ndarray, np.nd
 
 def provenance(o) -> dict:
     """Arguments, versions, commit and machine."""
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    asked = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--abbrev=7",
+        "--exclude=*",
+        "--dirty",
+    ]  # -dirty: uncommitted
+    commit = subprocess.run(asked, capture_output=True, text=True)
     machine = {"cores": os.cpu_count(), "threads": o.threads, "architecture": platform.machine()}
     machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     libraries = (torch, diffusers, transformers, np)

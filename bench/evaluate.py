@@ -8,11 +8,12 @@ Rule        A gain counts where its interval lies above 0.
     python bench/evaluate.py --train "--iterations 200"     # the embedded default before and after; 4 minutes on one core
     python bench/evaluate.py --after runs/NAME/model        # the same of a run that is there
     python bench/evaluate.py --before black-forest-labs/FLUX.1-dev --after-lora runs/NAME/model --size 400 \\
-        --flags "--eval-prompts hpdv2_test.txt --prompts hpdv2_train.txt --height 720 --width 720 --steps 50 \\
+        --flags "--eval-prompts hpdv2_test.txt --prompts hpdv2_train.txt --height 720 --width 720 --steps 20 \\
         --reward hpsv2 --watch imagereward,pickscore --dtype bf16 --micro-batch 1"     # the paper's 400 prompts, on a GPU
 """
 
 import sys
+import textwrap
 
 import common
 import matplotlib.pyplot as plt
@@ -36,6 +37,23 @@ def scores_of(o, label: str, flags: str, size: int, lora: str | None = None) -> 
         pictures += list(x) if len(pictures) < 24 else []
         scores = {k: scores.get(k, []) + v.tolist() for k, v in s.items()}
     return prompts, scores, torch.stack(pictures[:24])
+
+
+def contact_sheet(before: torch.Tensor, after: torch.Tensor | None, prompts: list[str], path) -> None:
+    """Pictures, or frames of videos, with their prompts; those of a second checkpoint below the first one's."""
+    columns, shown = 6 if before.ndim == 4 else 2, loop.strip(before, 9)
+    if after is not None:
+        report.before_after(shown, loop.strip(after, 9), prompts, path, columns=columns)
+        return
+    rows, width = -(-len(prompts) // columns), 12 / columns
+    figure = plt.figure(figsize=(12, rows * (width * shown.shape[-2] / shown.shape[-1] + 0.3)), layout="constrained")
+    for i, ax in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        ax.set_axis_off()
+        if i < len(prompts):
+            ax.imshow(report.to_image(shown[i]))
+            ax.set_title(textwrap.shorten(prompts[i], 40), fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def draw(document: dict):
@@ -75,13 +93,14 @@ def main() -> None:
     if after or o.after_lora:
         model = f" --model {after}" if after else model
         _, raw["after"], later = scores_of(o, "after", model, size, o.after_lora)
-        sheet = common.folder(o) / f"evaluate{'_video' if o.video else ''}_pictures.png"
-        wide = (loop.strip(pictures, 9), loop.strip(later, 9), prompts[:24], sheet)
-        report.before_after(*wide, columns=6 if pictures.ndim == 4 else 2)
         for name, row in rows.items():
             difference = common.interval(np.subtract(raw["after"][name], before[name]))
             row |= {"after": common.interval(raw["after"][name]), "gain": difference}
             row["relative_gain"] = difference[0] / abs(row["before"][0]) if row["before"][0] else None
+    else:
+        later = None
+    sheet = common.folder(o) / f"{o.name or 'evaluate' + '_video' * o.video}_pictures.png"
+    contact_sheet(pictures, later, prompts[:24], sheet)
     for name, row in rows.items():
         cells = [
             f"{k} {row[k][0]:8.4f} [{row[k][1]:.4f}, {row[k][2]:.4f}]" for k in ("before", "after", "gain") if k in row

@@ -77,6 +77,7 @@ ARMS = {  # name -> is it a tree? credit, loss weight, the reference it estimate
 PAIRS = {  # question -> the arms whose units are divided
     "width pruning": ("the same, width-pruned", TREE),
     "depth pruning": ("the same, depth-pruned", TREE),
+    "no fusion, all steps noisy": ("all steps noisy, tree, no fusion", "all steps noisy, tree"),
     "a tree instead of independent rollouts, splits noisy": ("splits noisy, tree", "splits noisy, independent"),
     "equal depths instead of equal edges, splits noisy": ("splits noisy, tree", SPLITS),
     "group instead of depth-wise advantage, equal depths, splits noisy": (
@@ -121,10 +122,11 @@ def gradients(
         window = (first + trial % (last - first + 1), depth) if depth else None
         keep = prune(forest, rewards, width, window)
         units = count(forest, keep)["forwards"] + 3 * count(forest, keep)["trained_parents"]
-        edges = gather(out, forest, keep, credit(out, forest, rewards), torch.arange(1), weight)
+        advantages = credit(out, forest, rewards.to(run.accelerator.device))
+        edges = gather(out, forest, keep, advantages, torch.arange(1), weight)
         update(run.policy, still, run.accelerator, edges, cond, sampler, o)
         bar.update()
-        yield torch.cat([p.grad.flatten() for p in run.policy.trainable()]).double(), units
+        yield torch.cat([p.grad.flatten() for p in run.policy.trainable()]).double().cpu(), units
 
 
 def sums(found, prompts: int) -> dict:
@@ -136,6 +138,11 @@ def sums(found, prompts: int) -> dict:
         squares[n % prompts] += g @ g
         n, units = n + 1, cost
     return {"sums": total, "squares": squares, "n": n // prompts, "units": units}
+
+
+def together(parts: list[dict]) -> dict:
+    """The sums of further trials of the same prompts, added."""
+    return {k: sum(m[k] for m in parts) for k in ("sums", "squares", "n")} | {"units": parts[0]["units"]}
 
 
 def products(m: dict, reference: dict) -> dict:
@@ -233,7 +240,9 @@ def main() -> None:
             )
 
         for noisy in ("all", "splits"):  # from noises that no arm has
-            drawn[noisy] = m = kept(f"reference {noisy}", range(n, 3 * n), False, reinforce, "path", noisy)
+            how = (False, reinforce, "path", noisy)
+            halves = [kept(f"reference {noisy} from {i}", range(i, i + n), *how) for i in (n, 2 * n)]
+            drawn[noisy] = m = together(halves)
             references[noisy] = m | products(m, m)
         print(f"{'units; of one prompt, of all: noise, units over the first arm, cosine':<70}")
         for name, arm in ARMS.items():
@@ -241,7 +250,8 @@ def main() -> None:
             m = kept(name, range(n), *arm, of=lambda m, reference=reference: products(m, reference))
             arms[name] = m, reference
             found = compared(m, reference, *arms[next(iter(ARMS))])
-            rows[name] = {"noisy": arm[3], "units": m["units"]} | found
+            raw = {k: m[k].tolist() for k in ("squares", "own", "cross")}
+            rows[name] = {"noisy": arm[3], "units": m["units"]} | found | {"products": raw}
             print(f"{name:<58}{m['units']:5d}", *("   ".join(shown(found[scope])) for scope in SCOPES), flush=True)
     pairs = {name: compared(*arms[a], *arms[b]) for name, (a, b) in PAIRS.items()}
     pairs = {name: {scope: found[scope]["units_over_base"] for scope in SCOPES} for name, found in pairs.items()}
@@ -251,6 +261,7 @@ def main() -> None:
     same = compared(both, references["all"], both, references["all"])["all prompts"]["cosine"]
     print("cosine of the two references:", same)
     document = {"rows": rows, "pairs": pairs, "references_cosine": same, "trials": n, "prompts": prompts}
+    document["reference_products"] = {noisy: r["own"].tolist() for noisy, r in references.items()}
     common.finish("gradient", o, document, draw)
 
 

@@ -17,6 +17,10 @@ import torch
 import hardware
 import loop
 
+OTHERS = {  # that the paper does not have; their tree starts at a random step: 16 draws
+    "Flow-GRPO-Fast, window 2": "--method flowgrpo-fast",
+    "TempFlow-GRPO": "--method tempflow",
+}
 SHARED = " --steps 20 --leaves 16 --prompts-per-iteration 1 --iterations 300 --watch jpeg --eval-size 1 --micro-batch 0"
 
 
@@ -61,9 +65,10 @@ def main() -> None:
     o = common.parser(__doc__).parse_args()
     rows, first = {}, common.prepare(o, SHARED, lr=1e-12)
     print(f"{'':<28}{'nodes':>9}{'edges':>9}{'kept':>9}{'forwards':>10}{'trained':>9}   paper: old, new")
-    for name, (flags, paper, _) in hardware.METHODS.items():
+    arms = [(name, flags, paper) for name, (flags, paper, _) in hardware.METHODS.items()]
+    for name, flags, paper in arms + [(name, flags, None) for name, flags in OTHERS.items()]:
         run = common.variant(first, o, flags + SHARED)
-        found = [counted(run.o, i) for i in hardware.slide(run.o)]
+        found = [counted(run.o, i) for i in (range(16) if name in OTHERS else hardware.slide(run.o))]
         for i in range((name == "BranchGRPO") if o.smoke else len(found)):
             seen = hooked(run, i)
             if any(abs(found[i][k] - seen[k]) > 1e-9 for k in seen):

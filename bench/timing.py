@@ -1,6 +1,6 @@
 """How long does an iteration of each method take? The paper's Table 1, as ratios to sequential DanceGRPO.
 
-Question    Seconds an iteration, split into rollout, decoding, reward and training, against DanceGRPO as its authors run it.
+Question    Seconds an iteration, split into rollout, training, optimiser, decoding and reward, against DanceGRPO as its authors run it.
 Hypothesis  Model calls set the time: each ratio of policy seconds (rollout, training, optimiser) is at most 1.10 times what
             counting gives, (forwards + 3 trained parents) over the same of sequential DanceGRPO.
 Metric      Policy seconds of a method over sequential DanceGRPO's, both from the same round. Windows visit
@@ -27,7 +27,8 @@ import hardware
 import loop
 from branchgrpo import repeat_cond
 
-PARTS = ("rollout", "train", "decode", "reward")
+POLICY = ("rollout", "training", "optimiser")
+PARTS = (*POLICY, "decode", "reward")
 LARGE = {  # 81 leaves
     "sequential DanceGRPO, 81": "--method flowgrpo --sde dance",
     "Mix, splits alone, flash 4, 81": "--method branchgrpo-mix --branch 3 --mix 0 --flash 4",
@@ -89,6 +90,14 @@ def planned(options, prompts: int, curves: dict) -> float:
     return float(np.mean([hardware.seconds(options, i, prompts, *calls) for i in hardware.slide(options)]))
 
 
+def watch_steps(run: loop.Run) -> list[float]:
+    """The seconds of every optimiser step to come are appended to what this returns."""
+    lap, seconds = loop.stopwatch(run.accelerator.device), []
+    run.optimizer.optimizer.register_step_pre_hook(lambda *_: lap() and None)
+    run.optimizer.optimizer.register_step_post_hook(lambda *_: seconds.append(lap()))
+    return seconds
+
+
 def draw(document: dict):
     """Stacked bars of an iteration's seconds, and measured ratios over counted ones."""
     rows, figure = document["rows"], plt.figure(figsize=(11, 4.8))
@@ -126,15 +135,21 @@ def main() -> None:
         leaves = many if name in LARGE else few
         runs[name] = common.variant(first, o, flags + shared + f" --leaves {leaves}")
         loop.iterate(runs[name], len(hardware.slide(runs[name].o)) // 2)  # warm
-    curves = batch_curves(first, 2 if o.smoke else 9)
+    curves, steps = batch_curves(first, 2 if o.smoke else 9), watch_steps(first)
 
     def a_round() -> dict[str, dict]:
         """Of each method the mean seconds of each part over the places of its window."""
         found = {}
         for name in arms:
             places = range(1) if o.smoke else hardware.slide(runs[name].o)
+            steps.clear()
             rows = [loop.iterate(runs[name], j)[0] for j in places]
-            found[name] = {part: float(np.mean([r[f"seconds_{part}"] for r in rows])) for part in PARTS}
+            row = {
+                part: float(np.mean([r[f"seconds_{part}"] for r in rows])) for part in ("rollout", "decode", "reward")
+            }
+            optimiser = sum(steps) / len(rows)
+            training = float(np.mean([r["seconds_train"] for r in rows])) - optimiser
+            found[name] = row | {"training": training, "optimiser": optimiser}
         return found
 
     seen = [common.kept(o, "timing", f"round {i} of {prompts}", a_round) for i in tqdm(range(rounds), file=sys.stderr)]
@@ -143,8 +158,8 @@ def main() -> None:
     for name in arms:
         found = [nfe.counted(runs[name].o, i) for i in hardware.slide(runs[name].o)]
         leaves, base = runs[name].o.leaves * prompts, LARGE_BASE if name in LARGE else BASE
-        policy = [r["rollout"] + r["train"] for r in raw[name]]
-        ratios = [p / (b["rollout"] + b["train"]) for p, b in zip(policy, raw[base])]
+        policy = [sum(r[part] for part in POLICY) for r in raw[name]]
+        ratios = [p / sum(b[part] for part in POLICY) for p, b in zip(policy, raw[base])]
         totals = [sum(r.values()) / sum(b.values()) for r, b in zip(raw[name], raw[base])]
         n = {k: float(np.mean([f[k] for f in found])) for k in ("forwards", "trained_parents")}
         row = {"seconds": {part: float(np.median([r[part] for r in raw[name]])) for part in PARTS}}

@@ -53,10 +53,26 @@ def test_a_data_set_of_the_hub(monkeypatch):
         return datasets.Dataset.from_dict({"prompt": PROMPTS})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert (
-        flags.read_prompts("hub:ymhao/HPDv2", "--prompts") == flags.read_prompts("hub:a/b:test", "--prompts") == WANTED
-    )
-    assert asked == [("ymhao/HPDv2", "train"), ("a/b", "test")]
+    assert flags.read_prompts("hub:a/b", "--prompts") == flags.read_prompts("hub:a/b:test", "--prompts") == WANTED
+    assert asked == [("a/b", "train"), ("a/b", "test")]
+
+
+def test_a_data_set_that_is_a_script(monkeypatch):
+    def load_dataset(name, split):
+        raise RuntimeError("Dataset scripts are no longer supported, but found HPDv2.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="--prompts hub:ymhao/HPDv2 cannot be read: Dataset scripts"):
+        flags.read_prompts("hub:ymhao/HPDv2", "--prompts")
+
+
+def test_the_held_out_tenth_of_a_sorted_file_is_of_all_kinds(tmp_path):
+    path = tmp_path / "sorted.txt"
+    path.write_text("\n".join(f"{kind} {i}" for kind in "abcd" for i in range(50)))
+    o = SimpleNamespace(prompts=str(path), eval_prompts=None, prompt_column="prompt", plan=None)
+    prompts, heldout = flags.load_prompts(o, "", "")
+    assert {p[0] for p in heldout} == set("abcd") and len(heldout) == 20 and not set(prompts) & set(heldout)
+    assert (prompts, heldout) == flags.load_prompts(o, "", "")  # always the same
 
 
 def test_a_hundred_thousand_prompts(tmp_path):

@@ -127,7 +127,9 @@ def test_memory_by_hand():
         ),
         8,
     )
-    assert full["weights, trained, fp32"] == 4 * n / 8 and full["AdamW's two moments, fp32"] == 8 * n / 8
+    assert (
+        full["weights, trained, fp32"] == 4 * n / 8 and full["AdamW's two moments and a temporary, fp32"] == 12 * n / 8
+    )
     assert full["T5-XXL"] == 0 and full["VAE"] == 2 * 83_819_683 and full["weights, frozen"] == 0
     assert full["activations"] == (2025 + 512) * 3072 * 63 * 57
     lora = hardware.memory(planned("--dtype bf16 --lora 64 --gradient-checkpointing --micro-batch 2 --reward hpsv2"), 1)
@@ -209,15 +211,18 @@ def test_a_config_needs_the_memory_it_states(name, tmp_path, capsys):
     for program in ("python", "torchrun"):  # stand-ins that print what they are given, a word a line
         (tmp_path / program).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         (tmp_path / program).chmod(0o755)
-    wanted = re.search(
-        r"# Memory: ([\d.]+) GiB of [\d.]+, by `.*sh configs/(\S+) (--plan [^`]*)`",
-        (HERE / "configs" / name).read_text(),
-    )
+    text = (HERE / "configs" / name).read_text()
+    wanted = re.search(r"# Memory: ([\d.]+) GiB of [\d.]+, by `.*sh configs/(\S+) (--plan [^`]*)`", text)
     words = run_config(name, *wanted[3].split(), GPUS="1", PATH=str(tmp_path)).stdout.splitlines()
     script = "train_video.py" if name.startswith("wan") else "train_image.py"
     {"train_image.py": train_image, "train_video.py": train_video}[script].main(words[words.index(script) + 1 :])
-    last = capsys.readouterr().out.strip().splitlines()[-1]
+    said = capsys.readouterr().out.strip()
+    last = said.splitlines()[-1]
     assert wanted[2] == name and f"{float(wanted[1]):8.2f} GiB: fits" in last, last
+    terms = re.search(r"\n# Sum: (.*)\n", text)[1]  # of the larger one: training, or encoding before it
+    numbers = [float(x) for x in re.findall(r" ([\d.]+)(?:,|$)", terms)]
+    assert sum(numbers) == pytest.approx(float(wanted[1]), abs=0.005 * len(numbers))
+    assert all(f" {x:.2f} GiB" in said for x in numbers if f"encoders {x:.2f}" not in terms)
 
 
 TINY = "--iterations 1 --eval-size 2 --leaves 4 --steps 10 --device cpu --micro-batch 0 --no-nf4 --watch auto --text-cache {0}/text"

@@ -15,6 +15,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.models.transformers import transformer_flux, transformer_wan
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 import loop
@@ -206,7 +207,41 @@ def test_wan_trains_with_lora_and_without(wan, tmp_path):
         assert len(grads) > 20 and all(g is not None for g in grads)
         policy.save(tmp_path / str(lora))
     WanPipeline.from_pretrained(tmp_path / "0")
-    WanPipeline.from_pretrained(wan).load_lora_weights(tmp_path / "2")
+
+
+def test_wans_lora_file_gives_the_trained_velocity(wan, tmp_path):
+    policy = WanPolicy.load(str(wan), 32, 32, 5, lora=2)
+    x, sigma, cond = torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(MOVES[:1])
+    plain = policy.velocity(x, sigma, cond)
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    trained = policy.velocity(x, sigma, cond)
+    policy.save(tmp_path)
+    fresh = WanPipeline.from_pretrained(wan)
+    fresh.load_lora_weights(tmp_path)
+    loaded = WanPolicy(fresh, 32, 32, 5).velocity(x, sigma, cond)
+    assert (trained - plain).abs().max() > 1e-3 and torch.allclose(loaded, trained, atol=1e-5)
+
+
+def test_attention_gets_one_dtype(folder, wan, monkeypatch):
+    """CUDA's autocast runs rms_norm in float32; flash attention wants queries, keys and values in bf16 alike."""
+    norm, seen = torch.nn.RMSNorm.forward, []
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: norm(self, x.float()).float())
+    for module in (transformer_flux, transformer_wan):
+        attend = module.dispatch_attention_fn
+
+        def watched(q, k, v, *args, attend=attend, **kwargs):
+            seen.append({q.dtype, k.dtype, v.dtype})
+            return attend(q, k, v, *args, **kwargs)
+
+        monkeypatch.setattr(module, "dispatch_attention_fn", watched)
+    for kind, path, sizes in ((FluxPolicy, folder, (32, 64)), (WanPolicy, wan, (32, 32, 5))):
+        policy = kind.load(str(path), *sizes, dtype=torch.bfloat16)
+        x = torch.randn(1, *policy.latent_shape)
+        policy.velocity(x, torch.tensor([0.5]), policy.encode(["a red circle moves left"]))
+        assert seen and all(dtypes == {torch.bfloat16} for dtypes in seen)
+        seen.clear()
 
 
 @pytest.mark.parametrize(

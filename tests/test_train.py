@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import FluxPipeline
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
@@ -147,25 +148,39 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, capsys, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_sigkill_and_resume(tmp_path):
-    """Twenty processes killed with SIGKILL at random moments continue to the same metrics as one left alone."""
-    argv = [sys.executable, HERE / "train_image.py", *SMALL.split(), "--iterations", "12", "--out"]
-    subprocess.run([*argv, tmp_path / "whole"], check=True, capture_output=True, cwd=HERE)
-    rng = np.random.default_rng(0)
+    """Twenty runs killed with SIGKILL at random moments go on to the same metrics as one left alone.
+
+    Each fourth is two processes with --fsdp, all killed at once; each fifth may be killed before it has made its folder.
+    """
+    flags = [*SMALL.split(), "--iterations", "12", "--device", "cpu"]
+    alone = [sys.executable, HERE / "train_image.py", *flags, "--out"]
+    both = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    both = [sys.executable, *both, HERE / "train_image.py", *flags, "--fsdp", "--out"]
+    run_whole = partial(
+        subprocess.run, check=True, capture_output=True, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    wanted = {}
+    for name, argv in (("alone", alone), ("both", both)):
+        run_whole([*argv, tmp_path / name])
+        wanted[name] = rows(tmp_path / name)
+    rng, quiet = np.random.default_rng(0), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for i in range(20):
-        out = tmp_path / f"killed-{i}"
-        process = subprocess.Popen([*argv, out], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (out / "metrics.jsonl").exists():
+        name, argv, out = ("both", both, tmp_path / f"{i}") if i % 4 == 3 else ("alone", alone, tmp_path / f"{i}")
+        process = psutil.Popen([*argv, out], cwd=HERE, **quiet, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while i % 5 and not (out / "metrics.jsonl").exists():
             time.sleep(0.05)
-        time.sleep(rng.uniform(0, 3))
-        os.kill(process.pid, signal.SIGKILL)
+        time.sleep(rng.uniform(0, 3 if i % 5 else 12))
+        for one in [process, *process.children(recursive=True)]:
+            one.kill()
         process.wait()
-        subprocess.run([*argv, out, "--resume"], check=True, capture_output=True, cwd=HERE)
-        assert rows(out) == rows(tmp_path / "whole")
+        run_whole([*argv, out, *["--resume"] * (out / "options.json").exists()])
+        assert rows(out) == wanted[name], i
 
 
 def test_two_processes_give_the_rows_of_one(finished, tmp_path):
-    """torchrun, gloo, DDP: the same prompts, the same noise, the same gradients up to summation order."""
-    argv = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "train_image.py"]
+    """accelerate launch, gloo, DDP: the same prompts, the same noise, the same gradients up to summation order."""
+    argv = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29517"]
+    argv += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1", "train_image.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *argv, *SMALL.split(), "--device", "cpu", "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
@@ -242,6 +257,15 @@ def test_the_launcher_does_not_decide_the_dtype(finished, capsys, tmp_path, monk
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run(capsys, "--out", tmp_path / "a")
     assert rows(tmp_path / "a") == rows(finished[0])
+
+
+def test_the_launcher_neither_compiles_nor_shards(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit):
+        run(capsys, "--out", tmp_path / "a")
+    assert "--fsdp and --compile" in capsys.readouterr().err
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_tiling_decodes_a_wide_picture_in_parts():

@@ -225,7 +225,7 @@ def test_both_scripts_train_on_a_gpu(script, flags, tmp_path, capsys):
     every += ["--text-offload", "--tree-offload"]
     script.main([*small, *every, "--out", str(tmp_path / "a")])
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
-    assert all(row["ratio_dev"] < 1e-3 for row in rows[1:])
+    assert all(row["ratio_dev"] < 1e-3 and row["clip_frac"] == 0 for row in rows[1:])
     document = {}
     for device in ("cuda", "cpu"):
         script.main([*small, "--device", device, "--iterations", "0", "--out", str(tmp_path / device)])
