@@ -201,17 +201,9 @@ def jackknife(statistic, n: int, level: float = 0.95) -> tuple[np.ndarray, np.nd
 
 def provenance(o) -> dict:
     """Arguments, versions, commit and machine."""
-    asked = [
-        "git",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--abbrev=7",
-        "--exclude=*",
-        "--dirty",
-    ]  # -dirty: uncommitted
-    commit = subprocess.run(asked, capture_output=True, text=True)
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "tiny"], capture_output=True).returncode
     machine = {"cores": os.cpu_count(), "threads": o.threads, "architecture": platform.machine()}
     machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     libraries = (torch, diffusers, transformers, np)
@@ -222,7 +214,7 @@ def provenance(o) -> dict:
         "command": command,
         "arguments": arguments,
         "versions": versions,
-        "commit": commit.stdout.strip(),
+        "commit": commit + "-dirty" * bool(changed),
         "machine": machine,
     }
 

@@ -214,7 +214,9 @@ def draw(document: dict):
     left.set_yticks(np.arange(len(rows)) + 0.12, rows)
     left.invert_yaxis()
     left.set_xscale("symlog", linthresh=1e-3)
-    left.set_xlabel("MMD$^2$ to sequential samples")
+    left.set(
+        xlabel="MMD$^2$ to sequential samples", xlim=(None, 2 * max(line.get_xdata().max() for line in left.lines))
+    )
     left.legend(fontsize=8)
     for j, (space, rows) in enumerate(document["within"].items()):
         mean, low, high = np.array(list(rows.values())).T

@@ -340,7 +340,7 @@ GPU = {  # name of the JSON -> what, the paper's figure, the commands, ours from
     "diversity_flux": (
         "MMD^2 of tree and sequential samples, CLIP features, s = 4",
         ".0149",
-        ['python bench/diversity.py --n 4096 --flags "$FLUX $DATA --sde dance --eta 0.3"'],
+        ['python bench/diversity.py --n 4096 --repeats 1 --flags "$FLUX $DATA --sde dance --eta 0.3"'],
         lambda d: f"{d['features']['clip']['tree, all 16 leaves, s = 4']['mmd2']:.4f}",
     ),
 }
@@ -360,7 +360,7 @@ def on_gpus() -> str:
         rows.append([what, paper, ours(document) if document else None])
         lines += [*commands[:-1], f"{commands[-1]} --name {name}"]
     script = "\n".join(lines)
-    return f"{table(['figure', 'paper', 'ours'], rows)}\n\nThese fill it on one GPU of 80 GB, in about ten days of an H100 at 40 % of its peak (`--plan`):\n\n```sh\n{script}\n```"
+    return f"{table(['figure', 'paper', 'ours'], rows)}\n\nThese fill it on one GPU of 80 GB, in about ten days of an H100 at 40 % of its peak (`--plan`), six to train and three for the diversity:\n\n```sh\n{script}\n```\n\nThe paper shows its ablations, its scaling of rewards and its video rewards as curves without figures, so they have no rows: `bench/ablation.py`, `bench/scaling.py` and `bench/alignment.py` take the same `--flags`."
 
 
 def document() -> str:

@@ -114,6 +114,8 @@ MUTANTS = [
     ("preference", "most if h * w > most else least", "most"),
     ("preference", "x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)", "x.permute(0, 1, 4, 7, 8, 5, 3, 2, 6, 9)"),
     ("policies", 'hashlib.sha256(f"{self.encoders}\\n{prompt}"', 'hashlib.sha256(f"{prompt}"'),
+    ("policies", "normed.to(inputs[0].dtype)", "normed"),
+    ("hardware", 'fp32": 12 * trained / share', 'fp32": 8 * trained / share'),
     ("hardware", "return 30 * (linear + attention) + outside", "return 30 * linear + outside"),
     ("hardware", "share = gpus if o.fsdp else 1", "share = gpus"),
     ("hardware", "arch.saved[o.lora > 0]", "arch.saved[0]"),

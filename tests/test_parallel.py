@@ -90,3 +90,21 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path):
 def test_fsdp_needs_processes():
     done = start("train_image.py", "--fsdp", "--device", "cpu")
     assert done.returncode == 2 and "torchrun" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", ["--lora 4 --dtype bf16 --kl 0.1", "--dtype bf16 --gradient-checkpointing", "--compile"]
+)
+def test_fsdp_with_other_switches(tmp_path, flags):
+    """Two processes, two iterations: it runs, the first ratios stay 1, and what it exports draws what it drew."""
+    small = [*SMALL.split(), "--iterations", "2", "--fsdp", *flags.split(), "--out", tmp_path / "a"]
+    done = start("train_image.py", *small, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = rows(tmp_path / "a")
+    assert all(row["ratio_dev"] < 1e-4 and row["grad_norm"] > 0 for row in found[1:])
+    model = ["--model", tmp_path / "a/model"] if "lora" not in flags else []
+    if model:
+        again = start("train_image.py", *SMALL.split(), *model, "--iterations", 0, "--out", tmp_path / "b")
+        assert again.returncode == 0, again.stderr[-2000:]
+        assert rows(tmp_path / "b")[0]["heldout_reward"] == pytest.approx(found[-1]["heldout_reward"], abs=0.05)

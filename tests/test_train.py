@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,8 +171,9 @@ def test_sigkill_and_resume(tmp_path):
         while i % 5 and not (out / "metrics.jsonl").exists():
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 3 if i % 5 else 12))
-        for one in [process, *process.children(recursive=True)]:
-            one.kill()
+        with suppress(psutil.NoSuchProcess):  # it may have ended
+            for one in [process, *process.children(recursive=True)]:
+                one.kill()
         process.wait()
         run_whole([*argv, out, *["--resume"] * (out / "options.json").exists()])
         assert rows(out) == wanted[name], i
