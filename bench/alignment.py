@@ -104,7 +104,12 @@ def rungs(cells: int, iterations: int) -> list[tuple[int, int, int]]:
 
 
 def tune(arm: str, o, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
-    """The best cell of the grid on tuning prompts, by the mean of a run's last three evaluations; one that diverges is last."""
+    """The best cell of the grid on tuning prompts, by the mean of a run's last three evaluations; one that diverges is last.
+
+    A grid of one cell is not searched.
+    """
+    if len(o.grid) == 1:
+        return {"setting": o.grid[0], "grid": []}
     files = f"--prompts {o.out / 'tune_train.txt'} --eval-prompts {o.out / 'tune_heldout.txt'}"
     cells, record = o.grid, []
     for _, iterations, keep in rungs(len(cells), o.iterations):
@@ -199,7 +204,7 @@ def main() -> None:
     (o.out / "tune_train.txt").write_text("".join(lines[:-n]))
     (o.out / "tune_heldout.txt").write_text("".join(lines[-n:]))
     arms = list(dict.fromkeys(["DanceGRPO", *(o.arms or (VIDEO_ARMS if o.video else ARMS))]))
-    total = len(arms) * (sum(n for n, *_ in rungs(len(o.grid), o.iterations)) + o.seeds)
+    total = len(arms) * (sum(n for n, *_ in rungs(len(o.grid), o.iterations) if len(o.grid) > 1) + o.seeds)
     with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=total, desc="runs", file=sys.stderr) as bar:
         tuned = {arm: tune(arm, o, pool, bar) for arm in arms}
 
