@@ -101,7 +101,7 @@ def alignment(d: dict) -> str:
     head += ["paper: seconds an update; reward", "share of DanceGRPO's policy seconds to its final reward (each seed)"]
     note = (
         "Seconds are over DanceGRPO's; the area is the mean reward over the updates. The paper's seconds are an iteration's on 16 GPUs, its rewards"
-        " HPS-v2.1 on FLUX.1-dev, one seed each, after 300 iterations at one learning rate for all; ours are rewards of an embedded model after"
+        " HPS-v2.1 on FLUX.1-dev (how many seeds it does not say), after 300 iterations at one learning rate for all; ours are rewards of an embedded model after"
         f" {d['arguments']['iterations']} updates, each arm at its best step and rate. In the paper every variant of BranchGRPO ends above DanceGRPO; ours are told apart only"
         " where the interval excludes 0. The last column, the time to a reward, the paper does not give."
     )

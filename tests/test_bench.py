@@ -24,8 +24,8 @@ import timing  # noqa: E402
 import train_image  # noqa: E402
 import train_video  # noqa: E402
 
-QUICK = ("nfe", "timing", "evaluate", "diversity", "gradient", "overhead")
-LONG = ("alignment", "ablation", "scaling")  # they train, up to a minute each
+QUICK = ("nfe", "timing", "evaluate", "diversity", "gradient")
+LONG = ("overhead", "alignment", "ablation", "scaling")  # they train, up to a minute each
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LONG)])

@@ -16,9 +16,9 @@ HERE = Path(__file__).parent.parent
 SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 5 --eval-every 2 --save-every 2 --iterations 4 --ema 0.9 --device cpu"
 
 
-def start(script: str, *argv, processes: int = 1, port: int = 29531) -> subprocess.CompletedProcess:
+def start(script: str, *argv, processes: int = 1) -> subprocess.CompletedProcess:
     """A script in one process, or in several by torchrun."""
-    many = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(many if processes > 1 else []), str(HERE / script), *map(str, argv)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env, timeout=300)

@@ -155,7 +155,7 @@ def test_sigkill_and_resume(tmp_path):
     """
     flags = [*SMALL.split(), "--iterations", "12", "--device", "cpu"]
     alone = [sys.executable, HERE / "train_image.py", *flags, "--out"]
-    both = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    both = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     both = [sys.executable, *both, HERE / "train_image.py", *flags, "--fsdp", "--out"]
     run_whole = partial(
         subprocess.run, check=True, capture_output=True, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -181,7 +181,7 @@ def test_sigkill_and_resume(tmp_path):
 
 def test_two_processes_give_the_rows_of_one(finished, tmp_path):
     """accelerate launch, gloo, DDP: the same prompts, the same noise, the same gradients up to summation order."""
-    argv = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29517"]
+    argv = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     argv += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1", "train_image.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *argv, *SMALL.split(), "--device", "cpu", "--out", str(tmp_path / "two")]
