@@ -103,10 +103,8 @@ def main() -> None:
     for group, rows in result.items():
         print(group)
         for at, (arm, row) in enumerate(rows.items()):
-            mean, half = (
-                float(np.mean(row["minus_first"])),
-                stats.t.ppf(0.975, freedom) * spread / seeds**0.5 * (at > 0),
-            )
+            mean = float(np.mean(row["minus_first"]))
+            half = stats.t.ppf(0.975, freedom) * spread / seeds**0.5 * (at > 0)
             row["difference"] = [mean, mean - half, mean + half]
             numbers = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row["difference"])
             print(f"  {arm:<22} {np.mean(row['rewards']):.4f}   {numbers}   {row['policy_seconds']:.2f} s")

@@ -62,11 +62,8 @@ def seconds_an_iteration(arms: list[str], tuned: dict, o, rounds: int = 3) -> di
         for arm in arms:
             flags = f"{ARMS[arm]}{flags_of(tuned[arm]['setting'])} --eval-size 8 --iterations 9"
             rows = common.train(o, o.out / f"time/{arm}-{i}".replace(" ", "_"), flags.split())
-            parts = [
-                [v for k, v in row.items() if k.startswith("seconds_") and k != "seconds_eval"] for row in rows[2:]
-            ]
             seconds[arm]["policy"].append(float(np.mean([common.policy_seconds(row) for row in rows[2:]])))
-            seconds[arm]["all"].append(float(np.mean([sum(values) for values in parts])))
+            seconds[arm]["all"].append(float(np.mean([common.all_seconds(row) for row in rows[2:]])))
     return seconds
 
 
@@ -170,14 +167,11 @@ def draw(document: dict):
         row, base = document["table"][arm], document["table"]["DanceGRPO"]
         mean, low, high = row["final_minus_dance"]
         for ax, key in zip(axes[4:], ("seconds_an_update", "all_seconds_an_update")):
-            ax.errorbar(
-                row[key] / base[key], mean, [[mean - low], [high - mean]], fmt="o", color=look["color"], capsize=3
-            )
-            ax.set(
-                xlabel=f"{AXES[key.removesuffix('_an_update')].partition(':')[0]} an update, over DanceGRPO's",
-                xlim=(0, None),
-            )
-            ax.set_ylabel("final reward minus DanceGRPO's (95 %)")
+            x, half = row[key] / base[key], [[mean - low], [high - mean]]
+            ax.errorbar(x, mean, half, fmt="o", color=look["color"], capsize=3)
+    for ax, seconds in zip(axes[4:], ("policy seconds", "wall-clock")):
+        ax.set(xlabel=f"{seconds} an update, over DanceGRPO's", ylabel="final reward minus DanceGRPO's (95 %)")
+        ax.set_xlim(0, None)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
     return figure
 

@@ -172,6 +172,11 @@ def policy_seconds(row: dict) -> float:
     return row["seconds_rollout"] + row["seconds_train"]
 
 
+def all_seconds(row: dict) -> float:
+    """The whole of one iteration, decoding and reward too; evaluation apart."""
+    return sum(v for k, v in row.items() if k.startswith("seconds_") and k != "seconds_eval")
+
+
 def trailing(rewards: list[float]) -> list[float]:
     """At each evaluation the mean of the last three, so that a lucky one neither sets a mark nor reaches it."""
     return [float(np.mean(rewards[max(0, i - 2) : i + 1])) for i in range(len(rewards))]

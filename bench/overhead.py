@@ -157,7 +157,7 @@ def processes(o) -> dict[str, float]:
     for n in (1, 2):
         where = common.runs(o) / f"processes_{n}"
         rows = common.train(o, where, f"{flags} {4 * n}".split(), processes=n, threads=1)
-        whole = [sum(v for k, v in row.items() if k.startswith("seconds_") and k != "seconds_eval") for row in rows[1:]]
+        whole = [common.all_seconds(row) for row in rows[1:]]
         rates[str(n)] = 4 * n * rows[-1]["leaves"] / float(np.median(whole[1:]))
     return rates
 

@@ -107,7 +107,7 @@ def main() -> None:
             many_leaves = f"--method flowgrpo --sde dance --leaves {alone.o.leaves}{shared}"
             dance = common.variant(first, o, many_leaves)
             mix, dance = ([loop.iterate(r, i)[0] for i in range(4)][1:] for r in (alone, dance))
-            whole = [sum(v for k, v in row.items() if k.startswith("seconds_")) for row in mix]
+            whole = [common.all_seconds(row) for row in mix]
             policy, dances = ([common.policy_seconds(row) for row in found] for found in (mix, dance))
             medians = map(float, map(np.median, (whole, policy, dances)))
             return dict(zip(("seconds", "policy_seconds", "dance_seconds"), medians))
