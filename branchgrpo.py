@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sde import branch_noise, gaussian_logp_mean, second_order, step_moments
-from tree import Forest, both, depth_advantages, drop_window, fuse, keep_chosen, keep_extreme, keep_parent_top1
+from tree import Forest, depth_advantages, drop_window, fuse, intersect, keep_chosen, keep_extreme, keep_parent_top1
 
 STATS = ("loss", "ratio_dev", "clip_frac", "kl", "grad_norm")  # of an update
 Cond = dict[str, Tensor]  # what a policy makes of prompts, which are the first dimension of each
@@ -112,7 +112,7 @@ def rollout(
     """Sample a forest for every prompt, one transformer call a depth for all prompts and nodes (Eq. 1 and 2).
 
     Args:
-        policy: see policies.py.
+        policy: see policy.py.
         cond: conditioning of P prompts.
         forest: its shape; its steps are sampler.sigmas' T.
         rng: P generators, one a prompt, from `generators`.
@@ -177,11 +177,11 @@ def prune(forest: Forest, rewards: Tensor, width: str | int | None, depth: tuple
     if trained_steps is not None:
         keep = [k & (i in trained_steps or not forest.stochastic(i)) for i, k in enumerate(keep)]
     if width == "parent-top1":
-        keep = both(keep, keep_parent_top1(forest, rewards))
+        keep = intersect(keep, keep_parent_top1(forest, rewards))
     elif width is not None:
-        keep = both(keep, keep_extreme(forest, rewards, width))
+        keep = intersect(keep, keep_extreme(forest, rewards, width))
     if depth is not None:
-        keep = both(keep, drop_window(forest, *depth))
+        keep = intersect(keep, drop_window(forest, *depth))
     return keep
 
 
@@ -202,7 +202,7 @@ class Edges:
     weight: Tensor
 
 
-def gather(
+def flatten_edges(
     out: Rollout, forest: Forest, keep, advantages, prompts: Tensor, loss_weight: str, step_weight=None
 ) -> Edges:
     """Flatten the kept stochastic edges of some prompts.
@@ -236,7 +236,7 @@ def gather(
     return Edges(**{name: torch.cat(parts).to(out.latents[0].device) for name, parts in columns.items()})
 
 
-def part(edges: Edges, rows: slice, device) -> Edges:
+def micro_batch_of(edges: Edges, rows: slice, device) -> Edges:
     """The parents at `rows` and their edges, on the device that computes."""
     ends = torch.tensor([rows.start, rows.stop], device=edges.parent.device)
     e = slice(*torch.searchsorted(edges.parent, ends).tolist())
@@ -250,14 +250,14 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sampler, o) -> dict[str, float]:
+def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sampler, args) -> dict[str, float]:
     """One optimiser step on the kept edges of this process and of all others (Eq. 5).
 
     loss = sum_e w_e clipped_loss_e / sum_e w_e + kl * mean over trained parents of mean_D (m - m_ref)^2 / (2 std^2), both
     means over all micro-batches and processes.
 
     Args:
-        o: options clip, kl, micro_batch, max_grad_norm.
+        args: options clip, kl, micro_batch, max_grad_norm.
 
     Returns:
         loss, ratio_dev = max |rho - 1|, clip_frac (of the ratios), kl, grad_norm.
@@ -271,13 +271,13 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     total = accelerator.reduce(total, "sum")
     if not total[0]:  # on every process alike: a window may leave nothing to train
         return dict.fromkeys(STATS, 0.0)
-    size = o.micro_batch or n_parents
+    size = args.micro_batch or n_parents
     sums = torch.zeros(3, device=device)  # loss, clipped edges, kl
     ratio_dev = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
     for a in range(0, n_parents, size):
         rows = slice(a, min(a + size, n_parents))
-        p = part(edges, rows, device)
+        p = micro_batch_of(edges, rows, device)
         last_one = rows.stop == n_parents
         with nullcontext() if last_one else accelerator.no_sync(policy.transformer):  # DDP sums at the end
             c = take_cond(cond, p.prompt)
@@ -285,19 +285,19 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
             mean, std = sampler.moments(p.step, p.x, v)
             logp = gaussian_logp_mean(p.child, mean[p.parent], std[p.parent], sampler.density)
             ratio = (logp - p.logp_old).exp()
-            loss = (p.weight * clipped_loss(ratio, p.advantage, o.clip)).sum() / total[0]
+            loss = (p.weight * clipped_loss(ratio, p.advantage, args.clip)).sum() / total[0]
             kl = torch.zeros((), device=device)
-            if o.kl:
+            if args.kl:
                 with torch.no_grad():
                     v_ref = policy.velocity(p.x, sampler.sigmas.to(v)[p.step], c, reference=True)
                     mean_ref, _ = sampler.moments(p.step, p.x, v_ref)
                 kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1).sum() / total[1]
-            accelerator.backward((loss + o.kl * kl) * accelerator.num_processes)  # DDP averages over processes
+            accelerator.backward((loss + args.kl * kl) * accelerator.num_processes)  # DDP averages over processes
         with torch.no_grad():
             ratio_dev = torch.maximum(ratio_dev, (ratio - 1).abs().max())
-            sums += torch.stack([loss + o.kl * kl, ((ratio - 1).abs() > o.clip).float().sum() / n_edges, kl])
+            sums += torch.stack([loss + args.kl * kl, ((ratio - 1).abs() > args.clip).float().sum() / n_edges, kl])
     sums = accelerator.reduce(sums, "sum")
-    grad_norm = accelerator.clip_grad_norm_(policy.trainable(), o.max_grad_norm or math.inf)
+    grad_norm = accelerator.clip_grad_norm_(policy.trainable(), args.max_grad_norm or math.inf)
     if not (sums.isfinite().all() and torch.as_tensor(grad_norm).isfinite()):
         raise NonFinite(f"the loss ({float(sums[0])}) or its gradient norm ({float(grad_norm)}) is not finite")
     optimizer.step()

@@ -6,16 +6,12 @@ widths of windows. Only an explicit contradiction is an error.
 """
 
 import argparse
-import json
 import math
-import random
 from importlib.util import find_spec
 from pathlib import Path
 
-import datasets
-
 from rewards import REWARDS, parse_weights
-from schedules import DANCE_STEPS, METHODS, TREES, WINDOWED, plan
+from schedules import DANCE_STEPS, METHODS, TREES, WINDOWED, schedule_of
 from sde import STEPS
 from tree import count, make_forest, parse_splits, spread_splits
 
@@ -162,7 +158,7 @@ def add_learning_flags(p, reward: str) -> None:
     normalised = "over the nodes of a depth (Eq. 4), or by the prompt's leaves as in GRPO"
     g("--advantage", choices=("depth", "group"), default="depth", help=normalised)
     g("--adv-clip", type=POSITIVE, default=5.0, help="A_max (DanceGRPO: 5)")
-    g("--loss-weight", choices=("edge", "path"), default="edge", help="see branchgrpo.gather (paper: edge)")
+    g("--loss-weight", choices=("edge", "path"), default="edge", help="see branchgrpo.flatten_edges (paper: edge)")
     g("--clip", type=SHARE, default=1e-4, help="clip range of the ratio (DanceGRPO: 1e-4)")
     g("--kl", type=NOT_NEGATIVE, default=0.0, help="weight of the KL to the untrained model (Flux: 0)")
     g("--timestep-fraction", type=SHARE, default=1.0, help="share of stochastic steps trained (DanceGRPO: .6, 1)")
@@ -178,176 +174,128 @@ def add_learning_flags(p, reward: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- resolve
-def resolve_tree(o) -> None:
+def resolve_tree(args) -> None:
     """Decide method, splits, leaves and windows from what was given; explicit --splits win and imply the leaves."""
-    pruned = o.depth_prune is not None or o.width_prune is not None
-    if o.method is None:
-        o.method = "branchgrpo" if pruned and o.mix is None else "branchgrpo-mix"
-    elif o.method == "branchgrpo" and o.mix is not None:
+    pruned = args.depth_prune is not None or args.width_prune is not None
+    if args.method is None:
+        args.method = "branchgrpo" if pruned and args.mix is None else "branchgrpo-mix"
+    elif args.method == "branchgrpo" and args.mix is not None:
         raise ValueError("--mix goes with --method branchgrpo-mix or mixgrpo, not with branchgrpo")
-    if o.method not in TREES:
+    if args.method not in TREES:
         for name in TREE_FLAGS:
-            if getattr(o, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} does not go with --method {o.method}: its tree is fixed")
-    if o.mix is not None and o.method not in WINDOWED:
-        raise ValueError(f"--mix does not go with --method {o.method}, which has no window")
-    o.branch = 2 if o.branch is None else o.branch
-    o.roots = 1 if o.roots is None else o.roots
-    o.branch_noise = 4.0 if o.branch_noise is None else o.branch_noise
-    if o.method in TREES:
-        o.splits = spread_splits(o.steps, o.branch, o.leaves or 16, o.roots) if o.splits is None else o.splits
-        leaves = make_forest(o.steps, o.branch, o.splits, o.roots).leaves
-        if o.leaves not in (None, leaves):
-            made = f"{len(o.splits)} splits make {o.roots} x {o.branch}^{len(o.splits)} = {leaves}"
-            raise ValueError(f"--leaves {o.leaves} does not go with the tree: {made}")
-        o.leaves = leaves
-    o.leaves = o.leaves or 16
-    o.mix = default_mix(o) if o.mix in (None, BARE) else o.mix
-    o.depth_prune = round(o.steps / 4) if o.depth_prune == BARE else o.depth_prune
-    check_windows(o)
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} does not go with --method {args.method}: its tree is fixed"
+                )
+    if args.mix is not None and args.method not in WINDOWED:
+        raise ValueError(f"--mix does not go with --method {args.method}, which has no window")
+    args.branch = 2 if args.branch is None else args.branch
+    args.roots = 1 if args.roots is None else args.roots
+    args.branch_noise = 4.0 if args.branch_noise is None else args.branch_noise
+    if args.method in TREES:
+        args.splits = (
+            spread_splits(args.steps, args.branch, args.leaves or 16, args.roots)
+            if args.splits is None
+            else args.splits
+        )
+        leaves = make_forest(args.steps, args.branch, args.splits, args.roots).leaves
+        if args.leaves not in (None, leaves):
+            made = f"{len(args.splits)} splits make {args.roots} x {args.branch}^{len(args.splits)} = {leaves}"
+            raise ValueError(f"--leaves {args.leaves} does not go with the tree: {made}")
+        args.leaves = leaves
+    args.leaves = args.leaves or 16
+    args.mix = default_mix(args) if args.mix in (None, BARE) else args.mix
+    args.depth_prune = round(args.steps / 4) if args.depth_prune == BARE else args.depth_prune
+    check_windows(args)
 
 
-def default_mix(o) -> int | None:
+def default_mix(args) -> int | None:
     """The mix window where no value was given: none for branchgrpo-mix without --mix (tuned), else the paper's fifth."""
-    if o.method not in WINDOWED:
+    if args.method not in WINDOWED:
         return None
-    return 0 if o.mix is None and o.method == "branchgrpo-mix" else max(1, round(o.steps / 5))
+    return 0 if args.mix is None and args.method == "branchgrpo-mix" else max(1, round(args.steps / 5))
 
 
-def check_windows(o) -> None:
+def check_windows(args) -> None:
     """Windows have a width that leaves something to do.
 
     Raises:
         ValueError: the flag, what is allowed, the value.
     """
-    lowest = 1 if o.method == "mixgrpo" else 0
-    if o.mix is not None and not lowest <= o.mix <= o.steps:
-        raise ValueError(f"--mix must lie in {lowest}..{o.steps} (--steps), got {o.mix}")
-    if o.depth_prune is not None and not 1 <= o.depth_prune <= o.steps:
-        raise ValueError(f"--depth-prune must lie in 1..{o.steps} (--steps), got {o.depth_prune}")
-    if o.depth_stop is not None and not 0 <= o.depth_stop <= o.steps - 2:
-        raise ValueError(f"--depth-stop must lie in 0..{o.steps - 2}, got {o.depth_stop}")
-    if (o.depth_prune is not None or o.width_prune is not None) and o.mix == 0:
+    lowest = 1 if args.method == "mixgrpo" else 0
+    if args.mix is not None and not lowest <= args.mix <= args.steps:
+        raise ValueError(f"--mix must lie in {lowest}..{args.steps} (--steps), got {args.mix}")
+    if args.depth_prune is not None and not 1 <= args.depth_prune <= args.steps:
+        raise ValueError(f"--depth-prune must lie in 1..{args.steps} (--steps), got {args.depth_prune}")
+    if args.depth_stop is not None and not 0 <= args.depth_stop <= args.steps - 2:
+        raise ValueError(f"--depth-stop must lie in 0..{args.steps - 2}, got {args.depth_stop}")
+    if (args.depth_prune is not None or args.width_prune is not None) and args.mix == 0:
         raise ValueError("--depth-prune and --width-prune drop steps after the last split; --mix 0 trains none")
-    if o.width_prune == "parent-top1" and not o.splits:
+    if args.width_prune == "parent-top1" and not args.splits:
         raise ValueError("--width-prune parent-top1 needs a split, and these --leaves and --roots leave none")
-    if o.flash and o.flash >= o.steps:
-        raise ValueError(f"--flash must be below --steps ({o.steps}), got {o.flash}")
-    if isinstance(o.width_prune, int) and not 1 <= o.width_prune <= o.leaves // 2:
-        raise ValueError(f"--width-prune extreme-B needs 1 <= B <= leaves / 2 = {o.leaves // 2}, got {o.width_prune}")
+    if args.flash and args.flash >= args.steps:
+        raise ValueError(f"--flash must be below --steps ({args.steps}), got {args.flash}")
+    if isinstance(args.width_prune, int) and not 1 <= args.width_prune <= args.leaves // 2:
+        raise ValueError(
+            f"--width-prune extreme-B needs 1 <= B <= leaves / 2 = {args.leaves // 2}, got {args.width_prune}"
+        )
 
 
 TUNED_ETA = {"dance": (1.6, 0.7), "flow": (0.7, 0.7), "cps": (0.7, 0.7)}  # few noisy steps, all of them
 
 
-def resolve(o) -> None:
+def resolve(args) -> None:
     """Check all flags and fill in what was left open, before any long work.
 
     Raises:
         ValueError: one sentence: the flag, the value, what is allowed.
     """
-    resolve_tree(o)
-    published = "dance" if o.method in DANCE_STEPS else "flow"
-    o.sde = o.sde or ("cps" if o.method == "branchgrpo-mix" else published)
-    if o.eta is None:
-        all_noisy = o.method in ("branchgrpo", "dancegrpo", "flowgrpo")
-        o.eta = TUNED_ETA.get(o.sde, (0.3, 0.3))[all_noisy]
-    if o.sde == "cps" and o.eta >= 1:
-        raise ValueError(f"--eta must lie between 0 and 1 for --sde cps, got {o.eta}")
-    if o.cps_density == "upstream" and o.sde != "cps":
-        raise ValueError(f"--cps-density upstream goes with --sde cps, not {o.sde}")
-    if o.prompts_per_iteration % o.updates:
-        raise ValueError(f"--updates must divide --prompts-per-iteration ({o.prompts_per_iteration}), got {o.updates}")
-    weights = parse_weights(o.reward)
+    resolve_tree(args)
+    published = "dance" if args.method in DANCE_STEPS else "flow"
+    args.sde = args.sde or ("cps" if args.method == "branchgrpo-mix" else published)
+    if args.eta is None:
+        all_noisy = args.method in ("branchgrpo", "dancegrpo", "flowgrpo")
+        args.eta = TUNED_ETA.get(args.sde, (0.3, 0.3))[all_noisy]
+    if args.sde == "cps" and args.eta >= 1:
+        raise ValueError(f"--eta must lie between 0 and 1 for --sde cps, got {args.eta}")
+    if args.cps_density == "upstream" and args.sde != "cps":
+        raise ValueError(f"--cps-density upstream goes with --sde cps, not {args.sde}")
+    if args.prompts_per_iteration % args.updates:
+        raise ValueError(
+            f"--updates must divide --prompts-per-iteration ({args.prompts_per_iteration}), got {args.updates}"
+        )
+    weights = parse_weights(args.reward)
     if not any(weights.values()):
-        raise ValueError(f"--reward needs a reward with a weight other than 0, got {o.reward!r}")
-    if o.watch != "auto":
-        parse_weights(o.watch)
-    for asked, flag, package in ((o.tracker == "wandb", "--tracker wandb", "wandb"), (o.nf4, "--nf4", "bitsandbytes")):
-        if asked and not o.plan and find_spec(package) is None:
+        raise ValueError(f"--reward needs a reward with a weight other than 0, got {args.reward!r}")
+    if args.watch != "auto":
+        parse_weights(args.watch)
+    for asked, flag, package in (
+        (args.tracker == "wandb", "--tracker wandb", "wandb"),
+        (args.nf4, "--nf4", "bitsandbytes"),
+    ):
+        if asked and not args.plan and find_spec(package) is None:
             raise ValueError(f"{flag}: pip install {package}")
-    if o.nf4 and not o.lora:
+    if args.nf4 and not args.lora:
         raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
-    if o.nf4 and o.fsdp:
+    if args.nf4 and args.fsdp:
         raise ValueError("--nf4 does not go with --fsdp: packed weights cannot be split")
-    if plan(o, 0).forest.last_stochastic < 0:
+    if schedule_of(args, 0).forest.last_stochastic < 0:
         raise ValueError("no step would be noisy, so none trained: give --splits, --mix or fewer --roots")
 
 
-def column_of(table: datasets.Dataset, column: str) -> list[str]:
-    """A column of a data set; KeyError if there is none of this name."""
-    if column not in table.column_names:
-        raise KeyError(column)
-    return table[column]
-
-
-def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
-    """Prompts of a file or of a data set on the hub; blank ones and repeats are dropped.
-
-    Args:
-        path: a text file, a prompt a line; .json, a list of prompts or of records, as HPDv2's; .jsonl, .csv or .parquet;
-            hub:NAME or hub:NAME:SPLIT, by default its split `train`.
-        column: of a record, that holds its prompt.
-
-    Raises:
-        ValueError: if it is missing, cannot be read, lacks the column or holds no prompt.
-    """
-    try:
-        if path.startswith("hub:"):
-            name, _, split = path.removeprefix("hub:").partition(":")
-            rows = column_of(datasets.load_dataset(name, split=split or "train"), column)
-        elif path.endswith((".jsonl", ".csv", ".parquet")):
-            kind = {"jsonl": "json"}.get(path.rsplit(".")[-1], path.rsplit(".")[-1])
-            rows = column_of(datasets.load_dataset(kind, data_files=path, split="train"), column)
-        elif path.endswith(".json"):
-            rows = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows = [row if isinstance(row, str) else row[column] for row in rows]
-        else:
-            rows = Path(path).read_text(encoding="utf-8").splitlines()
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{flag} {path} has no column {column!r}: name it with --prompt-column") from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{flag} {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    prompts = list(dict.fromkeys(filter(None, (str(row).strip() for row in rows if row is not None))))
-    if not prompts:
-        raise ValueError(f"{flag} {path} holds no prompt")
-    return prompts
-
-
-def load_prompts(o, train: str, heldout: str) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts; `train` and `heldout` are the files used where --prompts is not given.
-
-    Raises:
-        ValueError: if a file is unusable, or a prompt stands in both.
-    """
-    if o.plan:  # needs none
-        return [], []
-    prompts = read_prompts(o.prompts or str(train), "--prompts", o.prompt_column)
-    if o.eval_prompts or not o.prompts:
-        held = read_prompts(o.eval_prompts or str(heldout), "--eval-prompts", o.prompt_column)
-    else:
-        n, mixed = max(1, len(prompts) // 10), random.Random(0).sample(prompts, len(prompts))  # files may be sorted
-        prompts, held = mixed[:-n], mixed[-n:]
-    if not prompts:
-        raise ValueError(f"--prompts {o.prompts} needs at least two prompts, or --eval-prompts beside it")
-    if shared := set(prompts) & set(held):
-        raise ValueError(f"{len(shared)} held-out prompts are also trained on, such as {sorted(shared)[0]!r}")
-    return prompts, held
-
-
-def describe(o, prompts: list[str], heldout: list[str]) -> str:
+def describe(args, prompts: list[str], heldout: list[str]) -> str:
     """The resolved options and the derived counts with their formula, as printed at the start."""
-    n = count(plan(o, 0).forest)
-    p = o.prompts_per_iteration
-    rows = [f"  --{k.replace('_', '-'):<22} {v}" for k, v in sorted(vars(o).items()) if v is not None]
+    n = count(schedule_of(args, 0).forest)
+    p = args.prompts_per_iteration
+    rows = [f"  --{k.replace('_', '-'):<22} {v}" for k, v in sorted(vars(args).items()) if v is not None]
     rows += [
         f"prompts        {len(prompts)} to train on, {len(heldout)} held out",
         f"leaves         {p} prompts x {n['leaves']} = {p * n['leaves']} an iteration",
         f"nodes          {p} x {n['nodes']}, edges {p} x {n['edges']} (sums over depths of nodes a depth)",
         f"forwards       {p} x {n['forwards']} = {p * n['forwards']} (every node but the leaves)",
         f"trained edges  {p} x {n['trainable']} of {n['trained_parents']} parents, before pruning, at iteration 0",
-        f"updates        {o.iterations} iterations x {o.updates} = {o.iterations * o.updates}",
+        f"updates        {args.iterations} iterations x {args.updates} = {args.iterations * args.updates}",
     ]
-    if o.updates == 1:
+    if args.updates == 1:
         rows.append("on-policy      with --updates 1 every ratio is 1 and nothing is ever clipped")
     return "\n".join(rows)

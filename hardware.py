@@ -21,7 +21,7 @@ import torch
 import flags
 from branchgrpo import prune
 from rewards import parse_weights
-from schedules import plan
+from schedules import schedule_of
 from tree import count
 
 GIB = 2**30
@@ -69,7 +69,7 @@ def wan_flops(tokens: int, text: int = 512) -> float:
 ARCHITECTURES = {
     "flux1-dev": Architecture(
         parameters=11_901_408_320,
-        tokens=lambda o: (o.height // 16) * (o.width // 16),
+        tokens=lambda args: (args.height // 16) * (args.width // 16),
         flops=flux_flops,
         width=3072,
         blocks=57,
@@ -81,7 +81,7 @@ ARCHITECTURES = {
     ),
     "wan2.1-1.3b": Architecture(
         parameters=1_418_996_800,
-        tokens=lambda o: ((o.frames - 1) // 4 + 1) * (o.height // 16) * (o.width // 16),
+        tokens=lambda args: ((args.frames - 1) // 4 + 1) * (args.height // 16) * (args.width // 16),
         flops=wan_flops,
         width=1536,
         blocks=30,
@@ -119,46 +119,48 @@ REWARDS = CLIPS | {"imagereward": 447e6, "videoalign": 2.3e9}  # parameters
 
 
 # ------------------------------------------------------------------------------------------------------- counts, seconds
-def counted(o, iteration: int) -> dict[str, float]:
+def counted(args, iteration: int) -> dict[str, float]:
     """Closed form: one prompt's counts of one iteration; see `tree.count`."""
-    todo = plan(o, iteration)
-    rewards = torch.zeros(1, todo.forest.leaves)  # they choose edges, not how many
-    return count(todo.forest, prune(todo.forest, rewards, o.width_prune, todo.depth, todo.trained_steps))
+    schedule = schedule_of(args, iteration)
+    rewards = torch.zeros(1, schedule.forest.leaves)  # they choose edges, not how many
+    return count(
+        schedule.forest, prune(schedule.forest, rewards, args.width_prune, schedule.depth, schedule.trained_steps)
+    )
 
 
-def slide(o) -> range:
+def slide(args) -> range:
     """The iterations in which a window that moves every iteration visits each of its places once; one without a window.
 
     Where --timestep-fraction draws the trained steps: eight draws.
     """
-    if o.timestep_fraction < 1:
+    if args.timestep_fraction < 1:
         return range(8)
     places = []
-    for i in range(o.steps):
-        todo = plan(o, i)
-        if (todo.forest, todo.depth) in places:
+    for i in range(args.steps):
+        schedule = schedule_of(args, i)
+        if (schedule.forest, schedule.depth) in places:
             break
-        places.append((todo.forest, todo.depth))
+        places.append((schedule.forest, schedule.depth))
     return range(len(places))
 
 
-def parts(total: int, most: int) -> list[int]:
+def micro_batch_sizes(total: int, most: int) -> list[int]:
     """Sizes of the micro-batches of `total` nodes."""
     full, rest = divmod(total, most or max(total, 1))
     return [most or total] * full + [rest] * (rest > 0)
 
 
-def seconds(o, iteration: int, prompts: int, forward: Callable, trained: Callable) -> float:
+def seconds(args, iteration: int, prompts: int, forward: Callable, trained: Callable) -> float:
     """Rollout and training of one iteration on one GPU.
 
     Args:
         prompts: of this GPU.
         forward, trained: seconds of a call without, and with gradient and backward, from its batch size.
     """
-    sizes = plan(o, iteration).forest.sizes
-    rollout = sum(forward(b) for n in sizes[:-1] for b in parts(n * prompts, o.micro_batch))
-    parents = counted(o, iteration)["trained_parents"] * prompts // o.updates
-    return rollout + o.updates * sum(trained(b) for b in parts(parents, o.micro_batch))
+    sizes = schedule_of(args, iteration).forest.sizes
+    rollout = sum(forward(b) for n in sizes[:-1] for b in micro_batch_sizes(n * prompts, args.micro_batch))
+    parents = counted(args, iteration)["trained_parents"] * prompts // args.updates
+    return rollout + args.updates * sum(trained(b) for b in micro_batch_sizes(parents, args.micro_batch))
 
 
 def paper_errors() -> tuple[float, dict[str, float]]:
@@ -169,50 +171,50 @@ def paper_errors() -> tuple[float, dict[str, float]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- memory
-def guided(o) -> int:
+def guided(args) -> int:
     """Forwards a velocity takes: two with classifier-free guidance, which FLUX.1-dev has distilled into one."""
-    return 2 if o.plan.startswith("wan") and o.guidance != 1 else 1
+    return 2 if args.plan.startswith("wan") and args.guidance != 1 else 1
 
 
-def memory(o, gpus: int) -> dict[str, float]:
+def memory(args, gpus: int) -> dict[str, float]:
     """Bytes on each GPU, by component; `activations` are those of the largest call with gradient."""
-    arch, half = ARCHITECTURES[o.plan], 2 if o.dtype == "bf16" else 4
-    share = gpus if o.fsdp else 1
-    trained = o.lora * arch.lora * arch.width if o.lora else arch.parameters
-    named = parse_weights(o.reward) | ({} if o.watch == "auto" else parse_weights(o.watch))
+    arch, half = ARCHITECTURES[args.plan], 2 if args.dtype == "bf16" else 4
+    share = gpus if args.fsdp else 1
+    trained = args.lora * arch.lora * arch.width if args.lora else arch.parameters
+    named = parse_weights(args.reward) | ({} if args.watch == "auto" else parse_weights(args.watch))
     of_rewards = sum(REWARDS.get(name, 0) for name in {name.partition("-")[0] for name in named})
-    parents = counted(o, 0)["trained_parents"] * (o.prompts_per_iteration // gpus) // o.updates
-    batch = min(o.micro_batch or parents, parents) * guided(o)
-    nodes = batch * (arch.tokens(o) + 512) * arch.width
-    stream = 4 if o.nf4 else half  # 4-bit layers return what they are given, float32 latents
-    a_block, kept = nodes * arch.saved[o.lora > 0] * stream / 2, nodes * stream * arch.blocks
+    parents = counted(args, 0)["trained_parents"] * (args.prompts_per_iteration // gpus) // args.updates
+    batch = min(args.micro_batch or parents, parents) * guided(args)
+    nodes = batch * (arch.tokens(args) + 512) * arch.width
+    stream = 4 if args.nf4 else half  # 4-bit layers return what they are given, float32 latents
+    a_block, kept = nodes * arch.saved[args.lora > 0] * stream / 2, nodes * stream * arch.blocks
     found = {
-        "weights, frozen": (4.5 / 8 if o.nf4 else half) * arch.parameters / share if o.lora else 0,
+        "weights, frozen": (4.5 / 8 if args.nf4 else half) * arch.parameters / share if args.lora else 0,
         "weights, trained, fp32": 4 * trained / share,
-        "reference weights": half * arch.parameters / share if o.kl and not o.lora else 0,
-        "reward models": 0 if o.reward_offload else (2 if o.reward_dtype == "bf16" else 4) * of_rewards,
+        "reference weights": half * arch.parameters / share if args.kl and not args.lora else 0,
+        "reward models": 0 if args.reward_offload else (2 if args.reward_dtype == "bf16" else 4) * of_rewards,
     }
     for name, n in arch.frozen.items():
         each = 4 if name == "VAE" and "frames" in arch.shape else half  # Wan's VAE stays in float32
-        found[name] = 0 if o.text_offload and name != "VAE" else each * n
+        found[name] = 0 if args.text_offload and name != "VAE" else each * n
     found |= {
-        "weights cast to bf16 for a step": half * trained if half == 2 and not o.fsdp else 0,
-        "two blocks gathered, one reduced": (2 * half + half + 4) * arch.block if o.fsdp else 0,
+        "weights cast to bf16 for a step": half * trained if half == 2 and not args.fsdp else 0,
+        "two blocks gathered, one reduced": (2 * half + half + 4) * arch.block if args.fsdp else 0,
         "gradients, fp32": 4 * trained / share,
-        "gradients, DDP's buckets": 4 * trained if gpus > 1 and not o.fsdp else 0,
+        "gradients, DDP's buckets": 4 * trained if gpus > 1 and not args.fsdp else 0,
         "AdamW's two moments and a temporary, fp32": 12 * trained / share,
-        "EMA, fp32": 4 * trained / share if o.ema else 0,
-        "activations": kept + a_block if o.gradient_checkpointing else a_block * arch.blocks,
+        "EMA, fp32": 4 * trained / share if args.ema else 0,
+        "activations": kept + a_block if args.gradient_checkpointing else a_block * arch.blocks,
     }
     return found
 
 
-def memory_while_encoding(o, found: dict[str, float]) -> float:
+def memory_while_encoding(args, found: dict[str, float]) -> float:
     """Bytes while --text-offload's encoders are on the GPU: they, and all that does not come with the first update."""
     early = ("weights, frozen", "weights, trained, fp32", "reference weights", "reward models", "VAE")
-    encoders = sum(n for name, n in ARCHITECTURES[o.plan].frozen.items() if name != "VAE")
+    encoders = sum(n for name, n in ARCHITECTURES[args.plan].frozen.items() if name != "VAE")
     encoders += 32 * 512 * (3 * 10240 + 4 * 4096)  # what T5's widest layer makes of 32 prompts
-    return sum(found[name] for name in early) + (2 if o.dtype == "bf16" else 4) * encoders
+    return sum(found[name] for name in early) + (2 if args.dtype == "bf16" else 4) * encoders
 
 
 # ---------------------------------------------------------------------------------------------------------------- report
@@ -222,24 +224,24 @@ def parse(parser, argv: list[str] | None):
     Raises:
         ValueError: if --plan or --gpu is unknown, or the other script plans this checkpoint.
     """
-    o = parser.parse_args(argv)
-    if o.plan is None:
-        return o
-    for flag, value, table in (("--plan", o.plan, ARCHITECTURES), ("--gpu", o.gpu, GPUS)):
+    args = parser.parse_args(argv)
+    if args.plan is None:
+        return args
+    for flag, value, table in (("--plan", args.plan, ARCHITECTURES), ("--gpu", args.gpu, GPUS)):
         if value not in table:
             raise ValueError(f"{flag} must be one of {', '.join(table)}, got {value!r}")
-    shape = ARCHITECTURES[o.plan].shape
-    if hasattr(o, "frames") != ("frames" in shape):
-        raise ValueError(f"--plan {o.plan} goes with train_{'video' if 'frames' in shape else 'image'}.py")
+    shape = ARCHITECTURES[args.plan].shape
+    if hasattr(args, "frames") != ("frames" in shape):
+        raise ValueError(f"--plan {args.plan} goes with train_{'video' if 'frames' in shape else 'image'}.py")
     parser.set_defaults(**shape)
     return parser.parse_args(argv)
 
 
-def variant(o, text: str):
+def variant(args, text: str):
     """The options of another method at the same steps, leaves, branching, prompts and micro-batch; None where it has no such tree."""
-    shape = f" --steps {o.steps} --leaves {o.leaves} --prompts-per-iteration {o.prompts_per_iteration}"
-    shape += f" --branch {o.branch} --roots {o.roots}" * ("branchgrpo" in text)
-    other = flags.parser("", "", 1, 1, "jpeg").parse_args(f"{text}{shape} --micro-batch {o.micro_batch}".split())
+    shape = f" --steps {args.steps} --leaves {args.leaves} --prompts-per-iteration {args.prompts_per_iteration}"
+    shape += f" --branch {args.branch} --roots {args.roots}" * ("branchgrpo" in text)
+    other = flags.parser("", "", 1, 1, "jpeg").parse_args(f"{text}{shape} --micro-batch {args.micro_batch}".split())
     try:
         flags.resolve(other)
     except ValueError:
@@ -247,33 +249,37 @@ def variant(o, text: str):
     return other
 
 
-def report(o) -> str:
+def report(args) -> str:
     """What the command would cost, beside the methods of the paper's Table 1.
 
     Raises:
         ValueError: if the GPUs do not share the prompts evenly.
     """
-    if o.prompts_per_iteration % o.gpus:
-        raise ValueError(f"--prompts-per-iteration must be a multiple of --gpus = {o.gpus}")
-    arch, (rate, size) = ARCHITECTURES[o.plan], GPUS[o.gpu]
-    share, tokens = o.prompts_per_iteration // o.gpus, arch.tokens(o)
-    tflop = arch.flops(tokens) * guided(o) / 1e12
-    a_call = tflop * 1e12 / (rate * o.utilisation)
-    again = (2 if o.lora else 3) + o.gradient_checkpointing + (o.kl > 0)  # with a LoRA hardly any weight gradients
+    if args.prompts_per_iteration % args.gpus:
+        raise ValueError(f"--prompts-per-iteration must be a multiple of --gpus = {args.gpus}")
+    arch, (rate, size) = ARCHITECTURES[args.plan], GPUS[args.gpu]
+    share, tokens = args.prompts_per_iteration // args.gpus, arch.tokens(args)
+    tflop = arch.flops(tokens) * guided(args) / 1e12
+    a_call = tflop * 1e12 / (rate * args.utilisation)
+    again = (
+        (2 if args.lora else 3) + args.gradient_checkpointing + (args.kl > 0)
+    )  # with a LoRA hardly any weight gradients
     (a, errors), rows = paper_errors(), {}
-    todo = {name: (variant(o, f), s) for name, (f, _, s) in METHODS.items()}
-    todo = {name: row for name, row in todo.items() if row[0]} | {"this command": (o, None)}
-    for name, (options, theirs) in todo.items():
-        iterations = range(0, max(1, o.iterations), max(1, o.iterations // 50)) if options is o else slide(options)
+    variants = {name: (variant(args, f), s) for name, (f, _, s) in METHODS.items()}
+    variants = {name: row for name, row in variants.items() if row[0]} | {"this command": (args, None)}
+    for name, (options, theirs) in variants.items():
+        iterations = (
+            range(0, max(1, args.iterations), max(1, args.iterations // 50)) if options is args else slide(options)
+        )
         counts = [counted(options, i) for i in iterations]
         each = [seconds(options, i, share, lambda b: a_call * b, lambda b: again * a_call * b) for i in iterations]
         n = [np.mean([c[k] for c in counts]) / options.leaves for k in ("edges", "forwards", "trained_parents")]
         rows[name] = (*n, float(np.mean(each)), theirs)
     base = rows["sequential DanceGRPO"][3]
     lines = [
-        f"{o.plan}: {arch.parameters / 1e9:.2f}B parameters, {tokens} tokens + 512 of text, {tflop:.2f} TFLOP a forward",
-        f"{o.gpus} x {o.gpu}: {rate / 1e12:.0f} TFLOP/s x {o.utilisation:g} = {a_call:.3f} s a forward; with backward as much as {again}",
-        f"{o.prompts_per_iteration} prompts x {o.leaves} leaves an iteration, {share} prompts a GPU",
+        f"{args.plan}: {arch.parameters / 1e9:.2f}B parameters, {tokens} tokens + 512 of text, {tflop:.2f} TFLOP a forward",
+        f"{args.gpus} x {args.gpu}: {rate / 1e12:.0f} TFLOP/s x {args.utilisation:g} = {a_call:.3f} s a forward; with backward as much as {again}",
+        f"{args.prompts_per_iteration} prompts x {args.leaves} leaves an iteration, {share} prompts a GPU",
         "",
         f"{'a picture':<28}{'edges':>8}{'forwards':>10}{'trained':>9}{'s/iter':>10}{'ratio':>8}{'paper s':>9}{'ratio':>8}",
     ]
@@ -285,11 +291,11 @@ def report(o) -> str:
         f"Mix is the row that differs: the published script trains 2.125 edges a picture, not 4.25, which makes {a * (13.68 + 3 * 2.125):.0f} s.",
         "",
     ]
-    found = memory(o, o.gpus)
+    found = memory(args, args.gpus)
     lines += [f"{name:<44}{n / GIB:8.2f} GiB" for name, n in found.items() if n]
     total = sum(found.values())
-    if o.text_offload:
-        encoding = memory_while_encoding(o, found)
+    if args.text_offload:
+        encoding = memory_while_encoding(args, found)
         lines.append(f"{'(while prompts are encoded, before training':<44}{encoding / GIB:8.2f} GiB)")
         total = max(total, encoding)
     verdict = "fits" if total < 0.9 * size else "DOES NOT FIT"

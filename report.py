@@ -28,7 +28,7 @@ from torch import Tensor
 import loop
 import rewards as R
 from branchgrpo import generators, prune, rollout
-from schedules import plan
+from schedules import schedule_of
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito: safe for colour-blind readers
 TREE_KEY = 2**31 + 1  # noise of the drawn tree
@@ -140,16 +140,16 @@ def curves(history: list[dict], path: Path) -> None:
 
 def tree(run, path: Path) -> None:
     """Roll out the first held-out prompt's forest as in the last iteration, score it, and draw it with its credit."""
-    o, policy = run.o, run.policy
-    todo, prompt = plan(o, max(0, o.iterations - 1)), run.heldout[0]
-    forest, sampler = todo.forest, run.sampler(todo.sigmas)
+    args, policy = run.args, run.policy
+    schedule, prompt = schedule_of(args, max(0, args.iterations - 1)), run.heldout[0]
+    forest, sampler = schedule.forest, run.sampler(schedule.sigmas)
     noise = generators(TREE_KEY, 0, range(1))
-    out = rollout(policy, policy.encode([prompt]), forest, sampler, noise, o.micro_batch, keep_x0hat=True)
+    out = rollout(policy, policy.encode([prompt]), forest, sampler, noise, args.micro_batch, keep_x0hat=True)
     leaves = policy.decode(out.latents[-1][0])
     scores = R.score(run.rewards, leaves, [prompt] * forest.leaves)
     pictures = [*(loop.strip(policy.decode(x[0])) for x in out.x0hat), loop.strip(leaves)]  # videos are large
     rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
-    keep = prune(forest, ranking, o.width_prune, todo.depth, todo.trained_steps)
+    keep = prune(forest, ranking, args.width_prune, schedule.depth, schedule.trained_steps)
     draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)
 
 

@@ -33,19 +33,17 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from preference import (
-    PARTS,
     Aesthetic,
     CannotScore,
     ClipScore,
     Hpsv2,
     ImageReward,
     PickScore,
-    Setup,
     no_tokens,
     to_uint8,
     video_align,
-    weight_files,
 )
+from pretrained import PARTS, Setup, weight_files
 
 DEFAULT = Setup()
 Reward = Callable[[Tensor, list[str]], Tensor]
@@ -382,12 +380,12 @@ def read_picture(path: str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
-def list_rewards(o) -> dict:
+def list_rewards(args) -> dict:
     """Which rewards are ready, and what the others lack."""
     state = {}
     for name in REWARDS:
         try:
-            weight_files(name, Setup(o.reward_weights))
+            weight_files(name, Setup(args.reward_weights))
             state[name] = "ready"
         except ValueError as error:
             state[name] = "missing: " + str(error).partition(" lacks ")[2]
@@ -395,31 +393,31 @@ def list_rewards(o) -> dict:
     return state
 
 
-def score_files(o) -> dict:
+def score_files(args) -> dict:
     """Score pictures or videos with one prompt, or each with its own; a table, then name -> scores.
 
     Raises:
         ValueError: if a reward, a picture or a prompt is unusable.
     """
-    if len(o.prompt) not in (1, len(o.pictures)):
-        raise ValueError(f"--prompt: give one, or one a picture ({len(o.pictures)}), not {len(o.prompt)}")
-    prompts = o.prompt * (len(o.pictures) // len(o.prompt))
-    if not parse_weights(o.reward):
+    if len(args.prompt) not in (1, len(args.pictures)):
+        raise ValueError(f"--prompt: give one, or one a picture ({len(args.pictures)}), not {len(args.prompt)}")
+    prompts = args.prompt * (len(args.pictures) // len(args.prompt))
+    if not parse_weights(args.reward):
         raise ValueError("--reward must name a reward")
     if any(re.search("[\ud800-\udfff]", p) for p in prompts):
         raise ValueError("--prompt is not UTF-8 text")
-    pictures = [read_picture(path) for path in o.pictures]
-    if o.device == "cuda" and not torch.cuda.is_available():
+    pictures = [read_picture(path) for path in args.pictures]
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU was found")
-    device = o.device if o.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    setup = Setup(o.reward_weights, device, torch.bfloat16 if o.dtype == "bf16" else torch.float32)
-    rewards, _ = load_rewards(o.reward, "", prompts, pictures[0], setup)
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    setup = Setup(args.reward_weights, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    rewards, _ = load_rewards(args.reward, "", prompts, pictures[0], setup)
     each = [score(rewards, x, [p]) for x, p in zip(pictures, prompts)]
     scores = {name: [s[name].item() for s in each] for name in rewards}
     print(f"{'picture':<40}" + "".join(f"{name:>14}" for name in scores))
-    for i, path in enumerate(o.pictures):
+    for i, path in enumerate(args.pictures):
         print(f"{path:<40}" + "".join(f"{values[i]:14.6f}" for values in scores.values()))
-    return {"pictures": o.pictures, "prompts": prompts, "scores": scores}
+    return {"pictures": args.pictures, "prompts": prompts, "scores": scores}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -435,9 +433,9 @@ def main(argv: list[str] | None = None) -> None:
     scorer.add_argument("--prompt", required=True, action="append", help="once, or once a picture")
     scorer.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     scorer.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    o = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        print(json.dumps(o.work(o)))
+        print(json.dumps(args.work(args)))
     except ValueError as error:
         parser.error(str(error))
 

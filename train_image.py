@@ -3,7 +3,7 @@
 With no flag it takes the embedded default, a small real FLUX that draws coloured words, and rewards that read them:
 
 1. flags are checked and resolved (flags.py), the counts of the tree printed (tree.py)
-2. policy and rewards are loaded (policies.py, rewards.py)
+2. policy and rewards are loaded (models.py, rewards.py)
 3. held-out prompts are evaluated, the loop runs (loop.py, branchgrpo.py), held-out prompts are evaluated again
 4. pictures are written (report.py): before_after.png, curves.png, tree.png, and the trained model in OUT/model
 
@@ -14,29 +14,30 @@ from functools import partial
 
 import flags
 import hardware
-import loop
+import launch
 import report
-from policies import FluxPolicy
+from models import FluxPolicy
+from prompts import load_prompts
 
 
 def job(argv: list[str] | None = None) -> tuple:
-    """What the flags ask for: the arguments of `loop.prepare`, its accelerator apart.
+    """What the flags ask for: the arguments of `launch.prepare`, its accelerator apart.
 
     Raises:
         ValueError: one sentence.
     """
     tiny = flags.HERE / "tiny"
     parser = flags.parser(__doc__.splitlines()[0], str(tiny / "flux"), height=32, width=64, reward="ocr:1,colour:1")
-    o = hardware.parse(parser, argv)
-    flags.resolve(o)
-    prompts, heldout = flags.load_prompts(o, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
-    policy = partial(FluxPolicy.load, o.model, o.height, o.width)
-    return o, policy, (3, o.height, o.width), prompts, heldout
+    args = hardware.parse(parser, argv)
+    flags.resolve(args)
+    prompts, heldout = load_prompts(args, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
+    policy = partial(FluxPolicy.load, args.model, args.height, args.width)
+    return args, policy, (3, args.height, args.width), prompts, heldout
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, resolve, train, report."""
-    loop.start("train_image.py", job, argv, report.write)
+    launch.start("train_image.py", job, argv, report.write)
 
 
 if __name__ == "__main__":

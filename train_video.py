@@ -9,13 +9,14 @@ from functools import partial
 
 import flags
 import hardware
-import loop
+import launch
 import report
-from policies import WanPolicy
+from models import WanPolicy
+from prompts import load_prompts
 
 
 def job(argv: list[str] | None = None) -> tuple:
-    """What the flags ask for: the arguments of `loop.prepare`, its accelerator apart.
+    """What the flags ask for: the arguments of `launch.prepare`, its accelerator apart.
 
     Raises:
         ValueError: one sentence.
@@ -24,16 +25,16 @@ def job(argv: list[str] | None = None) -> tuple:
     parser = flags.parser(__doc__.splitlines()[0], str(tiny / "wan"), 32, 32, "motion:1,colour:1", guidance=1.0)
     parser.add_argument("--frames", type=flags.COUNT, default=9, help="of a video, 4k + 1 (Wan2.1: 81)")
     parser.set_defaults(iterations=200, lr=2e-4)
-    o = hardware.parse(parser, argv)
-    flags.resolve(o)
-    prompts, heldout = flags.load_prompts(o, tiny / "video_train.txt", tiny / "video_heldout.txt")
-    policy = partial(WanPolicy.load, o.model, o.height, o.width, o.frames)
-    return o, policy, (o.frames, 3, o.height, o.width), prompts, heldout
+    args = hardware.parse(parser, argv)
+    flags.resolve(args)
+    prompts, heldout = load_prompts(args, tiny / "video_train.txt", tiny / "video_heldout.txt")
+    policy = partial(WanPolicy.load, args.model, args.height, args.width, args.frames)
+    return args, policy, (args.frames, 3, args.height, args.width), prompts, heldout
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, resolve, train, report."""
-    loop.start("train_video.py", job, argv, report.write)
+    launch.start("train_video.py", job, argv, report.write)
 
 
 if __name__ == "__main__":

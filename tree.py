@@ -306,7 +306,7 @@ def count(forest: Forest, keep: list[Tensor] | None = None) -> dict[str, float]:
     }
 
 
-def both(*masks: list[Tensor]) -> list[Tensor]:
+def intersect(*masks: list[Tensor]) -> list[Tensor]:
     """The edges that every list of masks keeps."""
     return [torch.stack(torch.broadcast_tensors(*level)).all(0) for level in zip(*masks)]
 
@@ -318,7 +318,7 @@ def count_variants(steps: int, branch: int, splits: tuple[int, ...], roots: int 
     numbers = ("kept", "trainable", "trained_parents")
 
     def row(*masks):
-        found = count(forest, both(keep_chosen(forest, 1), *masks))
+        found = count(forest, intersect(keep_chosen(forest, 1), *masks))
         return {k: found[k] for k in numbers}
 
     first = forest.last_split + 1
@@ -358,13 +358,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--splits", type=parse_splits, help="split steps, as in 0,3,6,9; default: from --leaves")
     parser.add_argument("--leaves", type=int, default=16, help="pictures a prompt, where --splits is not given")
     parser.add_argument("--roots", type=int, default=1, help="independent initial noises")
-    o = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        splits = spread_splits(o.steps, o.branch, o.leaves, o.roots) if o.splits is None else o.splits
-        forest = make_forest(o.steps, o.branch, splits, o.roots)
+        splits = spread_splits(args.steps, args.branch, args.leaves, args.roots) if args.splits is None else args.splits
+        forest = make_forest(args.steps, args.branch, splits, args.roots)
     except ValueError as error:
         parser.error(str(error))
-    total, variants = count(forest), count_variants(o.steps, o.branch, splits, o.roots)
+    total, variants = count(forest), count_variants(args.steps, args.branch, splits, args.roots)
     if forest.leaves <= 64:
         print(draw(forest))
     splits = ",".join(map(str, splits)) or "none"

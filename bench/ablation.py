@@ -72,11 +72,11 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="paired")
     parser.add_argument("--iterations", type=int, default=48, help="updates of every arm")
-    o = parser.parse_args()
-    seeds, iterations = (2, 2) if o.smoke else (o.seeds, o.iterations)
-    groups = dict(list(GROUPS.items())[4:5]) if o.smoke else GROUPS
+    args = parser.parse_args()
+    seeds, iterations = (2, 2) if args.smoke else (args.seeds, args.iterations)
+    groups = dict(list(GROUPS.items())[4:5]) if args.smoke else GROUPS
     shared = f" --leaves 16 --lr 1e-4 --lr-end 1 --iterations {iterations} --eval-every {max(1, iterations // 6)}"
-    shared += " --eval-size 8 --prompts-per-iteration 1" if o.smoke else " --eval-size 128"
+    shared += " --eval-size 8 --prompts-per-iteration 1" if args.smoke else " --eval-size 128"
     tasks = {
         f"{f} seed {s}": f"{f}{shared} --seed {s}"
         for g in groups.values()
@@ -84,7 +84,7 @@ def main() -> None:
         for s in range(1, seeds + 1)
     }
     found = {}
-    for name, rows in common.train_all(o, "ablation", tasks).items():
+    for name, rows in common.train_all(args, "ablation", tasks).items():
         seconds = float(np.mean([common.policy_seconds(r) for r in rows[1:]]))
         found[name] = {"reward": common.final_reward(rows), "seconds": seconds}
     result = {}
@@ -108,7 +108,9 @@ def main() -> None:
             row["difference"] = [mean, mean - half, mean + half]
             numbers = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row["difference"])
             print(f"  {arm:<22} {np.mean(row['rewards']):.4f}   {numbers}   {row['policy_seconds']:.2f} s")
-    common.finish("ablation", o, {"groups": result, "seeds": seeds, "iterations": iterations, "spread": spread}, draw)
+    common.finish(
+        "ablation", args, {"groups": result, "seeds": seeds, "iterations": iterations, "spread": spread}, draw
+    )
 
 
 if __name__ == "__main__":

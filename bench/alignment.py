@@ -52,7 +52,7 @@ def flags_of(setting: tuple) -> str:
     return " --sde {} --eta {} --lr {}".format(*setting)
 
 
-def seconds_an_iteration(arms: list[str], tuned: dict, o, rounds: int = 3) -> dict[str, dict[str, list[float]]]:
+def seconds_an_iteration(arms: list[str], tuned: dict, args, rounds: int = 3) -> dict[str, dict[str, list[float]]]:
     """Policy seconds (rollout and training) and all seconds an iteration of each arm alone, a value for each round.
 
     Means over its window's places but the first.
@@ -61,7 +61,7 @@ def seconds_an_iteration(arms: list[str], tuned: dict, o, rounds: int = 3) -> di
     for i in range(rounds):
         for arm in arms:
             flags = f"{ARMS[arm]}{flags_of(tuned[arm]['setting'])} --eval-size 8 --iterations 9"
-            rows = common.train(o, o.out / f"time/{arm}-{i}".replace(" ", "_"), flags.split())
+            rows = common.train(args, args.out / f"time/{arm}-{i}".replace(" ", "_"), flags.split())
             seconds[arm]["policy"].append(float(np.mean([common.policy_seconds(row) for row in rows[2:]])))
             seconds[arm]["all"].append(float(np.mean([common.all_seconds(row) for row in rows[2:]])))
     return seconds
@@ -100,23 +100,23 @@ def rungs(cells: int, iterations: int) -> list[tuple[int, int, int]]:
     return [(cells, lengths[0], third), (third, lengths[1], ninth), (ninth, lengths[2], 1)]
 
 
-def tune(arm: str, o, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
+def tune(arm: str, args, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
     """The best cell of the grid on tuning prompts, by the mean of a run's last three evaluations; one that diverges is last.
 
     A grid of one cell is not searched.
     """
-    if len(o.grid) == 1:
-        return {"setting": o.grid[0], "grid": []}
-    files = f"--prompts {o.out / 'tune_train.txt'} --eval-prompts {o.out / 'tune_heldout.txt'}"
-    cells, record = o.grid, []
-    for _, iterations, keep in rungs(len(cells), o.iterations):
+    if len(args.grid) == 1:
+        return {"setting": args.grid[0], "grid": []}
+    files = f"--prompts {args.out / 'tune_train.txt'} --eval-prompts {args.out / 'tune_heldout.txt'}"
+    cells, record = args.grid, []
+    for _, iterations, keep in rungs(len(cells), args.iterations):
 
         def cell(setting, iterations=iterations):
             flags = f"{ARMS[arm]}{flags_of(setting)} --seed 1000 {files} --iterations {iterations}"
             flags += f" --eval-every {max(3, iterations // 6)} --eval-size 96"
             name = "tune/{}/{}-{}-{}-{}".format(arm, iterations, *setting).replace(" ", "_")
             try:
-                return common.final_reward(common.train(o, o.out / name, flags.split()))
+                return common.final_reward(common.train(args, args.out / name, flags.split()))
             except common.Failed as error:
                 tqdm.write(f"{arm} {setting}: {error}", file=sys.stderr)
                 return None
@@ -185,34 +185,36 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), help="DanceGRPO always; default: all, of video some")
     parser.add_argument("--steps", nargs="*", default=STEPS.split(), metavar="KIND:ETA", help="of the grid")
     parser.add_argument("--lrs", nargs="*", type=float, default=[5e-5, 1e-4, 2e-4], help="of the grid")
-    o = parser.parse_args()
-    if o.smoke:
-        o.seeds, o.iterations, o.steps, o.lrs, o.arms = 1, 2, ["cps:0.7"], [1e-4], [VIDEO_ARMS[1]]
-        o.flags += " --eval-size 8 --leaves 4 --prompts-per-iteration 1"
-    o.out = common.ROOT / ("runs/smoke" if o.smoke else "runs") / f"alignment{'_video' if o.video else ''}"
-    o.grid = [(kind, float(eta), lr) for kind, eta in (x.split(":") for x in o.steps) for lr in o.lrs]
-    o.out.mkdir(parents=True, exist_ok=True)
-    lines = (common.ROOT / f"tiny/{'video' if o.video else 'prompts'}_train.txt").read_text().splitlines(keepends=True)
+    args = parser.parse_args()
+    if args.smoke:
+        args.seeds, args.iterations, args.steps, args.lrs, args.arms = 1, 2, ["cps:0.7"], [1e-4], [VIDEO_ARMS[1]]
+        args.flags += " --eval-size 8 --leaves 4 --prompts-per-iteration 1"
+    args.out = common.ROOT / ("runs/smoke" if args.smoke else "runs") / f"alignment{'_video' if args.video else ''}"
+    args.grid = [(kind, float(eta), lr) for kind, eta in (x.split(":") for x in args.steps) for lr in args.lrs]
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = (
+        (common.ROOT / f"tiny/{'video' if args.video else 'prompts'}_train.txt").read_text().splitlines(keepends=True)
+    )
     np.random.default_rng(0).shuffle(lines)
     n = min(256, len(lines) // 4)
-    (o.out / "tune_train.txt").write_text("".join(lines[:-n]))
-    (o.out / "tune_heldout.txt").write_text("".join(lines[-n:]))
-    arms = list(dict.fromkeys(["DanceGRPO", *(o.arms or (VIDEO_ARMS if o.video else ARMS))]))
-    total = len(arms) * (sum(n for n, *_ in rungs(len(o.grid), o.iterations) if len(o.grid) > 1) + o.seeds)
-    with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=total, desc="runs", file=sys.stderr) as bar:
-        tuned = {arm: tune(arm, o, pool, bar) for arm in arms}
+    (args.out / "tune_train.txt").write_text("".join(lines[:-n]))
+    (args.out / "tune_heldout.txt").write_text("".join(lines[-n:]))
+    arms = list(dict.fromkeys(["DanceGRPO", *(args.arms or (VIDEO_ARMS if args.video else ARMS))]))
+    total = len(arms) * (sum(n for n, *_ in rungs(len(args.grid), args.iterations) if len(args.grid) > 1) + args.seeds)
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=total, desc="runs", file=sys.stderr) as bar:
+        tuned = {arm: tune(arm, args, pool, bar) for arm in arms}
 
         def final(task):
             seed, arm = task
-            flags = f"{ARMS[arm]}{flags_of(tuned[arm]['setting'])} --seed {seed} --iterations {o.iterations}"
-            flags += f" --eval-every {max(1, o.iterations // 12)}"
-            rows = common.train(o, o.out / f"{arm}-{seed}".replace(" ", "_"), flags.split())
+            flags = f"{ARMS[arm]}{flags_of(tuned[arm]['setting'])} --seed {seed} --iterations {args.iterations}"
+            flags += f" --eval-every {max(1, args.iterations // 12)}"
+            rows = common.train(args, args.out / f"{arm}-{seed}".replace(" ", "_"), flags.split())
             bar.update()
             return rows
 
-        tasks = [(seed, arm) for seed in range(1, o.seeds + 1) for arm in arms]
+        tasks = [(seed, arm) for seed in range(1, args.seeds + 1) for arm in arms]
         runs = list(pool.map(final, tasks))
-    alone = seconds_an_iteration(arms, tuned, o, 1 if o.smoke else 3)
+    alone = seconds_an_iteration(arms, tuned, args, 1 if args.smoke else 3)
     results = {arm: [curve(rows, alone[arm]) for (_, a), rows in zip(tasks, runs) if a == arm] for arm in arms}
     table = compare(results)
     table = {arm: row | {"raw_seconds_an_update": alone[arm]} for arm, row in table.items()}
@@ -222,7 +224,7 @@ def main() -> None:
         difference = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row["final_minus_dance"])
         numbers = f"{difference:>28} {row['seconds_an_update']:9.3f} {share:>24}"
         print(f"{arm:<36} {' '.join(map(str, tuned[arm]['setting'])):>22} {numbers}")
-    common.finish("alignment", o, {"tuned": tuned, "table": table, "curves": results}, draw)
+    common.finish("alignment", args, {"tuned": tuned, "table": table, "curves": results}, draw)
 
 
 if __name__ == "__main__":

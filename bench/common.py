@@ -37,7 +37,8 @@ from accelerate import Accelerator  # noqa: E402
 from scipy import stats  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import loop  # noqa: E402
+from checkpoint import Run, checkpoints  # noqa: E402
+from launch import prepare as prepared_run  # noqa: E402
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777"]  # Okabe and Ito
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
@@ -56,30 +57,30 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return p
 
 
-def script(o) -> str:
+def script(args) -> str:
     """The module that trains."""
-    return "train_video" if o.video else "train_image"
+    return "train_video" if args.video else "train_image"
 
 
-def job(o, flags: str) -> tuple:
+def job(args, flags: str) -> tuple:
     """What flags ask for, with those of all runs: see the script's own `job`."""
-    return importlib.import_module(script(o)).job([*flags.split(), *o.flags.split()])
+    return importlib.import_module(script(args)).job([*flags.split(), *args.flags.split()])
 
 
-def prepare(o, flags: str, **changes) -> loop.Run:
+def prepare(args, flags: str, **changes) -> Run:
     """A run in this process, ready for `loop.iterate`; options that no flag may have are set by `changes`."""
-    options, *rest = job(o, flags)
+    options, *rest = job(args, flags)
     vars(options).update(changes)
-    torch.set_num_threads(o.threads)
+    torch.set_num_threads(args.threads)
     with contextlib.redirect_stdout(io.StringIO()):
-        return loop.prepare(options, Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available()), *rest)
+        return prepared_run(options, Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available()), *rest)
 
 
-def variant(run: loop.Run, o, flags: str) -> loop.Run:
+def variant(run: Run, args, flags: str) -> Run:
     """The same policy, rewards and optimiser under other flags, so that a large model is loaded once; its lr stays."""
-    options = job(o, flags)[0]
-    options.lr = run.o.lr
-    return dataclasses.replace(run, o=options)
+    options = job(args, flags)[0]
+    options.lr = run.args.lr
+    return dataclasses.replace(run, args=options)
 
 
 class Failed(Exception):
@@ -104,7 +105,7 @@ def code() -> str:
 
 
 def train(
-    o, folder: Path, flags: list[str], processes: int = 1, threads: int | None = None, model: bool = False
+    args, folder: Path, flags: list[str], processes: int = 1, threads: int | None = None, model: bool = False
 ) -> list[dict]:
     """A whole run in a process of its own, or several; returns its metric rows.
 
@@ -112,16 +113,16 @@ def train(
     """
     where = ["--out", str(folder), "--save-every", "1000000"]
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *many, str(ROOT / f"{script(o)}.py"), *flags, *o.flags.split(), *where]
+    command = [sys.executable, *many, str(ROOT / f"{script(args)}.py"), *flags, *args.flags.split(), *where]
     key, done_before = json.dumps({"command": command[1:], "code": code()}), folder / "command.json"
-    if o.smoke or not done_before.exists() or done_before.read_text() != key:
+    if args.smoke or not done_before.exists() or done_before.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
         done = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": str(threads or o.threads)}, capture_output=True, text=True
+            command, env=os.environ | {"OMP_NUM_THREADS": str(threads or args.threads)}, capture_output=True, text=True
         )
         if done.returncode:
             raise Failed(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-        for checkpoint in loop.checkpoints(folder):
+        for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
         if not model:
             shutil.rmtree(folder / "model")
@@ -129,11 +130,11 @@ def train(
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def kept(o, name: str, key: str, compute):
+def kept(args, name: str, key: str, compute):
     """What `compute()` returns, kept under runs/bench/NAME, and not repeated with the same flags and the same code."""
-    path = runs(o) / f"{name}{'_video' if o.video else ''}" / f"{file_name(key)}.pt"
-    stamp = json.dumps({"code": code(), "script": Path(sys.argv[0]).read_text(), "flags": o.flags, "key": key})
-    if not o.smoke and path.exists():
+    path = runs(args) / f"{name}{'_video' if args.video else ''}" / f"{file_name(key)}.pt"
+    stamp = json.dumps({"code": code(), "script": Path(sys.argv[0]).read_text(), "flags": args.flags, "key": key})
+    if not args.smoke and path.exists():
         was, value = torch.load(path, weights_only=False)
         if was == stamp:
             return value
@@ -144,9 +145,9 @@ def kept(o, name: str, key: str, compute):
     return value
 
 
-def runs(o) -> Path:
+def runs(args) -> Path:
     """Where training runs and parts of results are kept."""
-    return ROOT / ("runs/smoke" if o.smoke else "runs/bench")
+    return ROOT / ("runs/smoke" if args.smoke else "runs/bench")
 
 
 def file_name(text: str) -> str:
@@ -154,13 +155,13 @@ def file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-._" else "_" for c in text)
 
 
-def train_all(o, name: str, tasks: dict[str, str]) -> dict[str, list[dict]]:
-    """Runs named by their cell, `o.jobs` at once, with a progress bar; those that are done are read, not repeated."""
-    where = runs(o) / f"{name}{'_video' if o.video else ''}"
-    with ThreadPoolExecutor(o.jobs) as pool, tqdm(total=len(tasks), desc=name, file=sys.stderr) as bar:
+def train_all(args, name: str, tasks: dict[str, str]) -> dict[str, list[dict]]:
+    """Runs named by their cell, `args.jobs` at once, with a progress bar; those that are done are read, not repeated."""
+    where = runs(args) / f"{name}{'_video' if args.video else ''}"
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(tasks), desc=name, file=sys.stderr) as bar:
 
         def cell(task):
-            rows = train(o, where / file_name(task[0]), task[1].split())
+            rows = train(args, where / file_name(task[0]), task[1].split())
             bar.update()
             return rows
 
@@ -204,16 +205,16 @@ def jackknife(statistic, n: int, level: float = 0.95) -> tuple[np.ndarray, np.nd
     return whole, whole - half, whole + half
 
 
-def provenance(o) -> dict:
+def provenance(args) -> dict:
     """Arguments, versions, commit and machine."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "tiny"], capture_output=True).returncode
-    machine = {"cores": os.cpu_count(), "threads": o.threads, "architecture": platform.machine()}
+    machine = {"cores": os.cpu_count(), "threads": args.threads, "architecture": platform.machine()}
     machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     libraries = (torch, diffusers, transformers, np)
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in libraries}
-    arguments = {k: v for k, v in vars(o).items() if not isinstance(v, Path)}
+    arguments = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     command = shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return {
         "command": command,
@@ -224,18 +225,18 @@ def provenance(o) -> dict:
     }
 
 
-def folder(o) -> Path:
+def folder(args) -> Path:
     """Where results go."""
-    path = ROOT / ("runs/smoke" if o.smoke else "bench/results")
+    path = ROOT / ("runs/smoke" if args.smoke else "bench/results")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def finish(name: str, o, document: dict, draw) -> None:
+def finish(name: str, args, document: dict, draw) -> None:
     """Write the document and its figure; the last line on stdout is the document."""
-    name = o.name or name + ("_video" if o.video else "")
-    path = folder(o) / f"{name}.json"
-    path.write_text(json.dumps(provenance(o) | document, indent=1))
+    name = args.name or name + ("_video" if args.video else "")
+    path = folder(args) / f"{name}.json"
+    path.write_text(json.dumps(provenance(args) | document, indent=1))
     document = json.loads(path.read_text())
     with plt.rc_context(STYLE):
         figure = draw(document)

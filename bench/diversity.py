@@ -64,7 +64,9 @@ def samples(run, spaces: dict, forest, sampler: Sampler, first: int, n: int, eve
         numbers = range(start, min(start + 16, first + n))
         prompts = [run.prompts[(i - first) % len(run.prompts)] for i in numbers]
         cond = run.policy.encode(prompts)
-        leaves = rollout(run.policy, cond, forest, sampler, generators(KEY, 0, numbers), run.o.micro_batch).latents[-1]
+        leaves = rollout(run.policy, cond, forest, sampler, generators(KEY, 0, numbers), run.args.micro_batch).latents[
+            -1
+        ]
         if not every:
             drawn = torch.from_numpy(rng.integers(forest.leaves, size=len(numbers)))
             leaves = leaves[torch.arange(len(numbers)), drawn][:, None]
@@ -117,9 +119,9 @@ def reward_features(run):
     return features
 
 
-def tails(o, run, spaces: dict, n: int) -> dict[str, dict]:
+def tails(args, run, spaces: dict, n: int) -> dict[str, dict]:
     """What a shorter tail changes, from the same noises: name -> model calls, distances to the exact picture, reward differences."""
-    options, found = run.o, {}
+    options, found = run.args, {}
     before = max(options.splits) + 1  # steps before the tail, noisy at the splits alone
     euler = f"Euler, {options.steps - before} steps"
     steps = {"exact": EXACT, "other": EXACT, euler: options.steps - before} | {f"--flash {k}": k for k in (4, 3, 2, 1)}
@@ -127,8 +129,8 @@ def tails(o, run, spaces: dict, n: int) -> dict[str, dict]:
     for name, k in tqdm(steps.items(), desc="tails", file=sys.stderr):
         forest = make_forest(before + k, 2, (), chosen=options.splits)
         sigmas = sigma_schedule(options.steps, options.shift, (before, k))
-        args = (forest, Sampler(sigmas, options.sde, options.eta, flash=name != euler), n * (name == "other"), n, False)
-        x[name] = common.kept(o, "diversity", f"tail {name}, {n}", lambda args=args: samples(run, every, *args))
+        spec = (forest, Sampler(sigmas, options.sde, options.eta, flash=name != euler), n * (name == "other"), n, False)
+        x[name] = common.kept(args, "diversity", f"tail {name}, {n}", lambda spec=spec: samples(run, every, *spec))
     for name in list(steps)[2:]:
         minus = (x[name]["rewards"] - x[euler]["rewards"]).T
         found[name] = {"model_calls": before + steps[name], "distance": {}}
@@ -236,9 +238,13 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1024, help="samples a side")
     parser.add_argument("--permutations", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=4, help="independent sets for the test of one leaf a tree")
-    o = parser.parse_args()
-    n, permutations, run = 32 if o.smoke else o.n, 20 if o.smoke else o.permutations, common.prepare(o, "")
-    options, leaves = run.o, run.o.leaves
+    args = parser.parse_args()
+    n, permutations, run = (
+        32 if args.smoke else args.n,
+        20 if args.smoke else args.permutations,
+        common.prepare(args, ""),
+    )
+    options, leaves = run.args, run.args.leaves
     tree, flat = make_forest(options.steps, options.branch, options.splits), make_forest(options.steps, 2, ())
     group = make_forest(options.steps, 2, (), roots=leaves)
     spaces = {"OCR outputs": ocr_features(run)} if "ocr" in run.rewards else {}
@@ -250,7 +256,7 @@ def main() -> None:
         return kind(sigma_schedule(options.steps, options.shift), options.sde, eta, s, **more)
 
     repeats, sets = (
-        range(2 if o.smoke else o.repeats),
+        range(2 if args.smoke else args.repeats),
         {},
     )  # name -> forest, its sampler, first noise, how many, all leaves?
     for r in repeats:
@@ -266,8 +272,8 @@ def main() -> None:
     }
     sets |= {f"s = {s}": (tree, sampler(s), 6 * n, trees, True) for s in (1, 2, 4, 8)}
     x = {}
-    for name, args in tqdm(sets.items(), desc="samples", file=sys.stderr):
-        x[name] = common.kept(o, "diversity", f"{name}, {n}", lambda args=args: samples(run, spaces, *args))
+    for name, spec in tqdm(sets.items(), desc="samples", file=sys.stderr):
+        x[name] = common.kept(args, "diversity", f"{name}, {n}", lambda spec=spec: samples(run, spaces, *spec))
     pairs = {  # what is compared with sequential samples of the same prompts
         "sequential, other noises": [(f"sequential {r}", f"other {r}") for r in repeats],
         "tree, one leaf of each": [(f"sequential {r}", f"one {r}") for r in repeats],
@@ -292,7 +298,7 @@ def main() -> None:
         shown = ", ".join("s = {}: {:.3f} [{:.3f}, {:.3f}]".format(s, *v) for s, v in within[space].items())
         print(f"  distance within a prompt, over sequential: {shown}")
     common.finish(
-        "diversity", o, {"features": found, "within": within, "tails": tails(o, run, spaces, n), "n": n}, draw
+        "diversity", args, {"features": found, "within": within, "tails": tails(args, run, spaces, n), "n": n}, draw
     )
 
 

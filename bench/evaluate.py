@@ -25,9 +25,9 @@ import loop
 import report
 
 
-def scores_of(o, label: str, flags: str, size: int, lora: str | None = None) -> tuple[list[str], dict, torch.Tensor]:
+def scores_of(args, label: str, flags: str, size: int, lora: str | None = None) -> tuple[list[str], dict, torch.Tensor]:
     """A checkpoint's scores on `size` held-out prompt-noise pairs, name -> (size,), with the first pictures."""
-    run = common.prepare(o, flags)
+    run = common.prepare(args, flags)
     if lora:
         run.policy.pipe.load_lora_weights(lora)
     prompts, scores, pictures = [], {}, []
@@ -80,26 +80,26 @@ def main() -> None:
     parser.add_argument("--after", help="folder or hub id of a whole pipeline")
     parser.add_argument("--after-lora", help="folder of a LoRA for --before")
     parser.add_argument("--size", type=int, default=256, help="prompt-noise pairs")
-    o = parser.parse_args()
-    size = 8 if o.smoke else o.size
-    model = f" --model {o.before}" if o.before else ""
-    prompts, before, pictures = scores_of(o, "before", model, size)
+    args = parser.parse_args()
+    size = 8 if args.smoke else args.size
+    model = f" --model {args.before}" if args.before else ""
+    prompts, before, pictures = scores_of(args, "before", model, size)
     rows = {name: {"before": common.interval(values)} for name, values in before.items()}
     raw = {"before": before}
-    after = o.after
-    if o.train is not None:
-        common.train(o, common.runs(o) / "evaluate", f"{model} {o.train}".split(), model=True)
-        after = common.runs(o) / "evaluate/model"
-    if after or o.after_lora:
+    after = args.after
+    if args.train is not None:
+        common.train(args, common.runs(args) / "evaluate", f"{model} {args.train}".split(), model=True)
+        after = common.runs(args) / "evaluate/model"
+    if after or args.after_lora:
         model = f" --model {after}" if after else model
-        _, raw["after"], later = scores_of(o, "after", model, size, o.after_lora)
+        _, raw["after"], later = scores_of(args, "after", model, size, args.after_lora)
         for name, row in rows.items():
             difference = common.interval(np.subtract(raw["after"][name], before[name]))
             row |= {"after": common.interval(raw["after"][name]), "gain": difference}
             row["relative_gain"] = difference[0] / abs(row["before"][0]) if row["before"][0] else None
     else:
         later = None
-    sheet = common.folder(o) / f"{o.name or 'evaluate' + '_video' * o.video}_pictures.png"
+    sheet = common.folder(args) / f"{args.name or 'evaluate' + '_video' * args.video}_pictures.png"
     contact_sheet(pictures, later, prompts[:24], sheet)
     for name, row in rows.items():
         cells = [
@@ -107,7 +107,7 @@ def main() -> None:
         ]
         relative = f"   {100 * row['relative_gain']:+.1f} %" if row.get("relative_gain") is not None else ""
         print(f"{name:<14} {'   '.join(cells)}{relative}   n = {size}")
-    common.finish("evaluate", o, {"rows": rows, "raw": raw}, draw)
+    common.finish("evaluate", args, {"rows": rows, "raw": raw}, draw)
 
 
 if __name__ == "__main__":

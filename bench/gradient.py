@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from branchgrpo import Sampler, gather, generators, prune, rollout, update
+from branchgrpo import Sampler, flatten_edges, generators, prune, rollout, update
 from rewards import score, weighted_sum
 from sde import sigma_schedule
 from tree import count, depth_advantages, depth_window_range, fuse, make_forest
@@ -106,13 +106,17 @@ def gradients(
 
     A depth window, a share of T, takes its places in turn.
     """
-    options, width, depth = run.o, (pruning or {}).get("width"), round((pruning or {}).get("depth", 0) * run.o.steps)
+    options, width, depth = (
+        run.args,
+        (pruning or {}).get("width"),
+        round((pruning or {}).get("depth", 0) * run.args.steps),
+    )
     shape = {"splits": options.splits} if tree else {"splits": (), "roots": options.leaves}
     forest = make_forest(options.steps, options.branch, **shape, chosen=options.splits if noisy == "splits" else None)
     noise = options.branch_noise if tree else float("inf")
     sampler = Sampler(sigma_schedule(options.steps, options.shift), options.sde, options.eta, noise)
     still = SimpleNamespace(zero_grad=lambda set_to_none: run.policy.transformer.zero_grad(), step=lambda: None)
-    o = SimpleNamespace(clip=1e9, kl=0.0, micro_batch=options.micro_batch, max_grad_norm=0.0)
+    args = SimpleNamespace(clip=1e9, kl=0.0, micro_batch=options.micro_batch, max_grad_norm=0.0)
     first, last = depth_window_range(forest, depth) if depth else (0, 0)
     for trial, (number, prompt) in itertools.product(trials, enumerate(prompts)):
         cond, rng = run.policy.encode([prompt]), generators(KEY, trial, range(number, number + 1))
@@ -123,8 +127,8 @@ def gradients(
         keep = prune(forest, rewards, width, window)
         units = count(forest, keep)["forwards"] + 3 * count(forest, keep)["trained_parents"]
         advantages = credit(out, forest, rewards.to(run.accelerator.device))
-        edges = gather(out, forest, keep, advantages, torch.arange(1), weight)
-        update(run.policy, still, run.accelerator, edges, cond, sampler, o)
+        edges = flatten_edges(out, forest, keep, advantages, torch.arange(1), weight)
+        update(run.policy, still, run.accelerator, edges, cond, sampler, args)
         bar.update()
         yield torch.cat([p.grad.flatten() for p in run.policy.trainable()]).double().cpu(), units
 
@@ -224,16 +228,16 @@ def main() -> None:
         "--trials", type=int, default=32, help="of every prompt and arm; the references take twice as many"
     )
     parser.add_argument("--prompts", type=int, default=8, help="drawn from the training prompts")
-    o = parser.parse_args()
-    n, many = (2, 2) if o.smoke else (o.trials, o.prompts)
-    run, rows, drawn, references, arms = common.prepare(o, "--leaves 4" if o.smoke else ""), {}, {}, {}, {}
+    args = parser.parse_args()
+    n, many = (2, 2) if args.smoke else (args.trials, args.prompts)
+    run, rows, drawn, references, arms = common.prepare(args, "--leaves 4" if args.smoke else ""), {}, {}, {}, {}
     prompts = [run.prompts[i] for i in np.random.default_rng(0).permutation(len(run.prompts))[:many]]
     with tqdm(total=n * many * (len(ARMS) + 4), desc="gradients", file=sys.stderr) as bar:
 
         def kept(name: str, trials: range, *arm, of=lambda m: m) -> dict:
             """An arm's sums, or what `of` makes of them."""
             return common.kept(
-                o,
+                args,
                 "gradient",
                 f"{name}, {len(trials)} of {many}",
                 lambda: of(sums(gradients(run, prompts, trials, bar, *arm), many)),
@@ -262,7 +266,7 @@ def main() -> None:
     print("cosine of the two references:", same)
     document = {"rows": rows, "pairs": pairs, "references_cosine": same, "trials": n, "prompts": prompts}
     document["reference_products"] = {noisy: r["own"].tolist() for noisy, r in references.items()}
-    common.finish("gradient", o, document, draw)
+    common.finish("gradient", args, document, draw)
 
 
 if __name__ == "__main__":

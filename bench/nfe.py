@@ -16,6 +16,7 @@ import torch
 
 import hardware
 import loop
+from checkpoint import Run
 
 OTHERS = {  # that the paper does not have; their tree starts at a random step: 16 draws
     "Flow-GRPO-Fast, window 2": "--method flowgrpo-fast",
@@ -30,11 +31,11 @@ def counted(options, iteration: int) -> dict[str, float]:
     return {k: v / found["leaves"] for k, v in found.items() if k != "leaves"}
 
 
-def hooked(run: loop.Run, iteration: int) -> dict[str, float]:
+def hooked(run: Run, iteration: int) -> dict[str, float]:
     """A real iteration, with a hook on the transformer that counts samples, with and without gradient."""
     calls = {"forwards": 0, "trained_parents": 0}
 
-    def hook(module, args, kwargs):
+    def hook(module, inputs, kwargs):
         calls["trained_parents" if torch.is_grad_enabled() else "forwards"] += len(kwargs["hidden_states"])
 
     handle = run.policy.transformer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -62,14 +63,14 @@ def draw(document: dict):
 
 def main() -> None:
     """Count, run, compare; table, JSON, figure."""
-    o = common.parser(__doc__).parse_args()
-    rows, first = {}, common.prepare(o, SHARED, lr=1e-12)
+    args = common.parser(__doc__).parse_args()
+    rows, first = {}, common.prepare(args, SHARED, lr=1e-12)
     print(f"{'':<28}{'nodes':>9}{'edges':>9}{'kept':>9}{'forwards':>10}{'trained':>9}   paper: old, new")
     arms = [(name, flags, paper) for name, (flags, paper, _) in hardware.METHODS.items()]
     for name, flags, paper in arms + [(name, flags, None) for name, flags in OTHERS.items()]:
-        run = common.variant(first, o, flags + SHARED)
-        found = [counted(run.o, i) for i in (range(16) if name in OTHERS else hardware.slide(run.o))]
-        for i in range((name == "BranchGRPO") if o.smoke else len(found)):
+        run = common.variant(first, args, flags + SHARED)
+        found = [counted(run.args, i) for i in (range(16) if name in OTHERS else hardware.slide(run.args))]
+        for i in range((name == "BranchGRPO") if args.smoke else len(found)):
             seen = hooked(run, i)
             if any(abs(found[i][k] - seen[k]) > 1e-9 for k in seen):
                 raise SystemExit(f"{name}, iteration {i}: counted {found[i]}, called {seen}")
@@ -78,7 +79,7 @@ def main() -> None:
         rows[name] = row
         numbers = f"{row['nodes']:9.4f}{row['edges']:9.4f}{row['kept']:9.4f}{row['forwards']:10.4f}{row['trained_parents']:9.4f}"
         print(f"{name:<28}{numbers}   {'' if paper is None else f'{paper[0]}, {paper[1]}'}", flush=True)
-    common.finish("nfe", o, {"rows": rows}, draw)
+    common.finish("nfe", args, {"rows": rows}, draw)
 
 
 if __name__ == "__main__":

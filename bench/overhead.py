@@ -24,7 +24,7 @@ from tqdm import tqdm
 import loop
 from branchgrpo import take_cond
 from rewards import score
-from schedules import plan
+from schedules import schedule_of
 from tree import count
 
 BASE = "--method branchgrpo --steps 20 --eval-size 1 --iterations 3"
@@ -69,14 +69,14 @@ def bare_rollout(run, cond, forest) -> None:
     prompts = len(next(iter(cond.values())))
     with torch.no_grad():
         for n in forest.sizes[:-1]:
-            for part in torch.arange(prompts * n).split(run.o.micro_batch):
+            for part in torch.arange(prompts * n).split(run.args.micro_batch):
                 run.policy.velocity(*empty(run, len(part)), take_cond(cond, part % prompts))
 
 
 def bare_training(run, cond, forest) -> None:
     """Forward and backward of every trained parent, at the update's batch shapes, with a plain sum as the loss."""
     prompts = len(next(iter(cond.values())))
-    for part in torch.arange(prompts * count(forest)["trained_parents"]).split(run.o.micro_batch):
+    for part in torch.arange(prompts * count(forest)["trained_parents"]).split(run.args.micro_batch):
         run.policy.velocity(*empty(run, len(part)), take_cond(cond, part % prompts)).sum().backward()
 
 
@@ -101,11 +101,11 @@ def one_node_at_a_time(run, cond, forest, prompts: list[str]) -> tuple[float, fl
     return calls, calls + rest
 
 
-def ratios(o, repetitions: int) -> dict[str, list[float]]:
+def ratios(args, repetitions: int) -> dict[str, list[float]]:
     """The four ratios, a value for each repetition."""
-    run = common.prepare(o, BASE + (" --prompts-per-iteration 1 --leaves 4" if o.smoke else ""), lr=1e-12)
-    run.o.micro_batch = run.o.micro_batch or 10**9
-    forest, prompts = plan(run.o, 0).forest, run.prompts[: run.o.prompts_per_iteration]
+    run = common.prepare(args, BASE + (" --prompts-per-iteration 1 --leaves 4" if args.smoke else ""), lr=1e-12)
+    run.args.micro_batch = run.args.micro_batch or 10**9
+    forest, prompts = schedule_of(run.args, 0).forest, run.prompts[: run.args.prompts_per_iteration]
     cond, found = run.policy.encode(prompts), {name: [] for name in BOUNDS}
     loop.iterate(run, 0), bare_rollout(run, cond, forest)  # warm
     for _ in tqdm(range(repetitions), desc="repetitions", file=sys.stderr):
@@ -123,16 +123,16 @@ def ratios(o, repetitions: int) -> dict[str, list[float]]:
     return found
 
 
-def grow(o) -> dict[str, dict]:
+def grow(args) -> dict[str, dict]:
     """What grows -> value -> policy seconds, those that counting predicts from the row of 16 leaves, peak memory in GiB."""
     cells = {f"{what} {n}": f"{BASE} {flags}" for what, row in GROWTH.items() for n, flags in row.items()}
-    if o.smoke:
+    if args.smoke:
         cells = {name: f + " --leaves 4 --prompts-per-iteration 1" for name, f in cells.items() if name == "steps 10"}
     found = {}
-    for name, rows in common.train_all(o, "overhead", cells).items():
+    for name, rows in common.train_all(args, "overhead", cells).items():
         what, _, n = name.rpartition(" ")
-        options = common.job(o, cells[name])[0]
-        counted = count(plan(options, 0).forest)
+        options = common.job(args, cells[name])[0]
+        counted = count(schedule_of(options, 0).forest)
         units = (counted["forwards"] + 3 * counted["trained_parents"]) * options.prompts_per_iteration
         policy = float(np.median([common.policy_seconds(row) for row in rows[1:]]))
         memory = {"memory_gib": rows[-1]["peak_gib"]}
@@ -140,23 +140,23 @@ def grow(o) -> dict[str, dict]:
     return found
 
 
-def switched(o) -> dict[str, dict]:
+def switched(args) -> dict[str, dict]:
     """Switches of memory and speed: policy seconds and peak memory with each."""
     cells = {name: f"{BASE} --iterations 5 {flags}" for name, flags in SWITCHES.items()}
-    if o.smoke:
+    if args.smoke:
         cells = {"none": cells["none"] + " --leaves 4 --prompts-per-iteration 1"}
-    found = common.train_all(o, "switches", cells)
+    found = common.train_all(args, "switches", cells)
     policy = {name: float(np.median([common.policy_seconds(r) for r in rows[3:]])) for name, rows in found.items()}
     return {name: {"policy_seconds": policy[name], "memory_gib": rows[-1]["peak_gib"]} for name, rows in found.items()}
 
 
-def processes(o) -> dict[str, float]:
+def processes(args) -> dict[str, float]:
     """Leaves a second of one process on one core, and of two on two: each the same prompts, so twice as many in all."""
-    flags = f"{BASE} --method branchgrpo-mix --iterations {2 if o.smoke else 8} --prompts-per-iteration"
+    flags = f"{BASE} --method branchgrpo-mix --iterations {2 if args.smoke else 8} --prompts-per-iteration"
     rates = {}
     for n in (1, 2):
-        where = common.runs(o) / f"processes_{n}"
-        rows = common.train(o, where, f"{flags} {4 * n}".split(), processes=n, threads=1)
+        where = common.runs(args) / f"processes_{n}"
+        rows = common.train(args, where, f"{flags} {4 * n}".split(), processes=n, threads=1)
         whole = [common.all_seconds(row) for row in rows[1:]]
         rates[str(n)] = 4 * n * rows[-1]["leaves"] / float(np.median(whole[1:]))
     return rates
@@ -195,12 +195,12 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.set_defaults(threads=2, jobs=1)
     parser.add_argument("--repetitions", type=int, default=5)
-    o = parser.parse_args()
-    o.threads = 1 if o.smoke else o.threads  # two beside another busy process wait for each other
-    found = ratios(o, 1 if o.smoke else o.repetitions)
+    args = parser.parse_args()
+    args.threads = 1 if args.smoke else args.threads  # two beside another busy process wait for each other
+    found = ratios(args, 1 if args.smoke else args.repetitions)
     for (name, values), bound in zip(found.items(), BOUNDS.values()):
         print(f"{name:<42} {np.median(values):6.2f}  [{min(values):.2f}, {max(values):.2f}]   {bound}")
-    growth, switches, rates = grow(o), switched(o), processes(o)
+    growth, switches, rates = grow(args), switched(args), processes(args)
     print(f"{'':<30}{'policy s':>9}{'ms a unit':>11}{'GiB':>7}")
     for what, row in growth.items():
         for n, c in row.items():
@@ -213,7 +213,7 @@ def main() -> None:
         f"leaves a second: one process {rates['1']:.1f}, two {rates['2']:.1f}, {rates['2'] / rates['1']:.2f} times as many"
     )
     document = {"ratios": found, "bounds": BOUNDS, "growth": growth, "switches": switches, "leaves_a_second": rates}
-    common.finish("overhead", o, document, draw)
+    common.finish("overhead", args, document, draw)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ def main() -> None:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--smoke", action="store_true", help="each in seconds, into runs/smoke")
     only.add_argument("--video", action="store_true", help="the video methods too, which have no smoke of their own")
-    o = parser.parse_args()
+    args = parser.parse_args()
     done = ROOT / "runs/bench"
     done.mkdir(parents=True, exist_ok=True)
-    names, failed = [n for n in HOURS if o.video or "--video" not in n], []
+    names, failed = [n for n in HOURS if args.video or "--video" not in n], []
     with tqdm(total=round(sum(HOURS[n] for n in names), 2), unit="h", desc="benchmarks", file=sys.stderr) as bar:
         for name in names:
             script, *flags = shlex.split(name)
@@ -50,15 +50,15 @@ def main() -> None:
             )
             bar.set_postfix_str(key)
             there = (ROOT / f"bench/results/{key}.json").exists() and marker.exists() and marker.read_text() == stamp
-            if o.smoke or not there:
-                flags = [*flags, "--smoke"] if o.smoke else flags
+            if args.smoke or not there:
+                flags = [*flags, "--smoke"] if args.smoke else flags
                 command = [sys.executable, str(ROOT / f"bench/{script}.py"), *flags]
-                if subprocess.run(command, stdout=subprocess.DEVNULL if o.smoke else None).returncode:
+                if subprocess.run(command, stdout=subprocess.DEVNULL if args.smoke else None).returncode:
                     failed.append(key)
-                elif not o.smoke:
+                elif not args.smoke:
                     marker.write_text(stamp)
             bar.update(HOURS[name])
-    if not o.smoke:
+    if not args.smoke:
         subprocess.run([sys.executable, str(ROOT / "bench/results.py")], check=True)
     if failed:
         sys.exit(f"these failed: {', '.join(failed)}")

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import loop
-from schedules import plan
+from schedules import schedule_of
 from tree import count
 
 ARMS = {  # name -> branch, splits
@@ -34,9 +34,9 @@ SWEEPS = {  # the law is fitted to each
 UNITS = 17_000  # forwards + 3 trained parents of a prompt, that every arm may spend; the larger take a few updates more
 
 
-def updates_of(o, flags: str, at_least: int) -> int:
+def updates_of(args, flags: str, at_least: int) -> int:
     """How many updates an arm takes: those of all, or as many as its units allow."""
-    found = count(plan(common.job(o, flags)[0], 0).forest)
+    found = count(schedule_of(common.job(args, flags)[0], 0).forest)
     return max(at_least, round(UNITS / (found["forwards"] + 3 * found["trained_parents"])))
 
 
@@ -85,35 +85,35 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=30, help="updates of every arm at least")
-    o = parser.parse_args()
-    seeds, iterations = (2, 2) if o.smoke else (o.seeds, o.iterations)
-    arms = dict(list(ARMS.items())[:2]) if o.smoke else ARMS
+    args = parser.parse_args()
+    seeds, iterations = (2, 2) if args.smoke else (args.seeds, args.iterations)
+    arms = dict(list(ARMS.items())[:2]) if args.smoke else ARMS
     shared = " --lr 1e-4 --lr-end 1 --prompts-per-iteration 2"
-    run = f"{shared} --eval-every {max(1, iterations // 5)} --eval-size {8 if o.smoke else 128}"
+    run = f"{shared} --eval-every {max(1, iterations // 5)} --eval-size {8 if args.smoke else 128}"
     flags = {name: f"--method branchgrpo-mix --mix 0 --branch {k} --splits {s}" for name, (k, s) in arms.items()}
-    many = {name: iterations if o.smoke else updates_of(o, f, iterations) for name, f in flags.items()}
+    many = {name: iterations if args.smoke else updates_of(args, f, iterations) for name, f in flags.items()}
     tasks = {
         f"{name} seed {s}": f"{f}{run} --iterations {many[name]} --seed {s}"
         for s in range(1, seeds + 1)
         for name, f in flags.items()
     }
-    done = common.train_all(o, "scaling", tasks)
-    rows, first = {}, common.prepare(o, shared, lr=1e-12)
+    done = common.train_all(args, "scaling", tasks)
+    rows, first = {}, common.prepare(args, shared, lr=1e-12)
     for name, f in flags.items():
-        alone = common.variant(first, o, f + shared)
+        alone = common.variant(first, args, f + shared)
 
         def timed(alone=alone) -> dict:
             """Median seconds of an iteration, whole and of the policy, and DanceGRPO's at equal leaves; three after one to warm up."""
-            many_leaves = f"--method flowgrpo --sde dance --leaves {alone.o.leaves}{shared}"
-            dance = common.variant(first, o, many_leaves)
+            many_leaves = f"--method flowgrpo --sde dance --leaves {alone.args.leaves}{shared}"
+            dance = common.variant(first, args, many_leaves)
             mix, dance = ([loop.iterate(r, i)[0] for i in range(4)][1:] for r in (alone, dance))
             whole = [common.all_seconds(row) for row in mix]
             policy, dances = ([common.policy_seconds(row) for row in found] for found in (mix, dance))
             medians = map(float, map(np.median, (whole, policy, dances)))
             return dict(zip(("seconds", "policy_seconds", "dance_seconds"), medians))
 
-        rows[name] = {"leaves": alone.o.leaves, "updates": many[name]} | common.kept(
-            o, "scaling", f"seconds {name}", timed
+        rows[name] = {"leaves": alone.args.leaves, "updates": many[name]} | common.kept(
+            args, "scaling", f"seconds {name}", timed
         )
     time = min(r["seconds"] * r["updates"] for r in rows.values())
     for name, row in rows.items():
@@ -132,7 +132,7 @@ def main() -> None:
         for sweep, (b, low, high) in sweeps.items():
             print(f"{key}, {sweep}: {b:+.4f} [{low:+.4f}, {high:+.4f}] for each doubling of the leaves")
     common.finish(
-        "scaling", o, {"rows": rows, "laws": laws, "slopes": slopes, "updates": iterations, "seconds": time}, draw
+        "scaling", args, {"rows": rows, "laws": laws, "slopes": slopes, "updates": iterations, "seconds": time}, draw
     )
 
 

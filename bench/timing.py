@@ -26,6 +26,7 @@ from tqdm import tqdm
 import hardware
 import loop
 from branchgrpo import repeat_cond
+from checkpoint import Run
 
 POLICY = ("rollout", "training", "optimiser")
 PARTS = (*POLICY, "decode", "reward")
@@ -63,9 +64,9 @@ def cost_model(rows: dict[str, dict]) -> dict:
     return document | {"paper_seconds_a_unit": one, "paper_relative_errors": theirs}
 
 
-def batch_curves(run: loop.Run, repetitions: int) -> dict[str, list[float]]:
+def batch_curves(run: Run, repetitions: int) -> dict[str, list[float]]:
     """Seconds of a transformer call at each batch size, without and with gradient and backward; medians."""
-    sizes = [b for b in BATCHES if b <= (run.o.micro_batch or BATCHES[-1])]
+    sizes = [b for b in BATCHES if b <= (run.args.micro_batch or BATCHES[-1])]
     cond, found = run.policy.encode(run.prompts[:1]), {"forward": [], "trained": []}
     for b in sizes:
         c = repeat_cond(cond, b)
@@ -90,7 +91,7 @@ def planned(options, prompts: int, curves: dict) -> float:
     return float(np.mean([hardware.seconds(options, i, prompts, *calls) for i in hardware.slide(options)]))
 
 
-def watch_steps(run: loop.Run) -> list[float]:
+def watch_steps(run: Run) -> list[float]:
     """The seconds of every optimiser step to come are appended to what this returns."""
     lap, seconds = loop.stopwatch(run.accelerator.device), []
     run.optimizer.optimizer.register_step_pre_hook(lambda *_: lap() and None)
@@ -125,23 +126,23 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompts", type=int, default=4, help="an iteration")
-    o = parser.parse_args()
-    rounds, prompts = (1, 1) if o.smoke else (o.rounds, o.prompts)
-    few, many = (8, 9) if o.smoke else (16, 81)
+    args = parser.parse_args()
+    rounds, prompts = (1, 1) if args.smoke else (args.rounds, args.prompts)
+    few, many = (8, 9) if args.smoke else (16, 81)
     arms = {name: flags for name, (flags, _, _) in hardware.METHODS.items()} | LARGE
     shared = f" --steps 20 --prompts-per-iteration {prompts} --iterations 300 --eval-size 1"
-    runs, first = {}, common.prepare(o, shared, lr=1e-12)
+    runs, first = {}, common.prepare(args, shared, lr=1e-12)
     for name, flags in arms.items():
         leaves = many if name in LARGE else few
-        runs[name] = common.variant(first, o, flags + shared + f" --leaves {leaves}")
-        loop.iterate(runs[name], len(hardware.slide(runs[name].o)) // 2)  # warm
-    curves, steps = batch_curves(first, 2 if o.smoke else 9), watch_steps(first)
+        runs[name] = common.variant(first, args, flags + shared + f" --leaves {leaves}")
+        loop.iterate(runs[name], len(hardware.slide(runs[name].args)) // 2)  # warm
+    curves, steps = batch_curves(first, 2 if args.smoke else 9), watch_steps(first)
 
     def a_round() -> dict[str, dict]:
         """Of each method the mean seconds of each part over the places of its window."""
         found = {}
         for name in arms:
-            places = range(1) if o.smoke else hardware.slide(runs[name].o)
+            places = range(1) if args.smoke else hardware.slide(runs[name].args)
             steps.clear()
             rows = [loop.iterate(runs[name], j)[0] for j in places]
             row = {
@@ -152,12 +153,14 @@ def main() -> None:
             found[name] = row | {"training": training, "optimiser": optimiser}
         return found
 
-    seen = [common.kept(o, "timing", f"round {i} of {prompts}", a_round) for i in tqdm(range(rounds), file=sys.stderr)]
+    seen = [
+        common.kept(args, "timing", f"round {i} of {prompts}", a_round) for i in tqdm(range(rounds), file=sys.stderr)
+    ]
     raw = {name: [found[name] for found in seen] for name in arms}
     rows = {}
     for name in arms:
-        found = [nfe.counted(runs[name].o, i) for i in hardware.slide(runs[name].o)]
-        leaves, base = runs[name].o.leaves * prompts, LARGE_BASE if name in LARGE else BASE
+        found = [nfe.counted(runs[name].args, i) for i in hardware.slide(runs[name].args)]
+        leaves, base = runs[name].args.leaves * prompts, LARGE_BASE if name in LARGE else BASE
         policy = [sum(r[part] for part in POLICY) for r in raw[name]]
         ratios = [p / sum(b[part] for part in POLICY) for p, b in zip(policy, raw[base])]
         totals = [sum(r.values()) / sum(b.values()) for r, b in zip(raw[name], raw[base])]
@@ -166,7 +169,7 @@ def main() -> None:
         row |= {"policy_seconds": float(np.median(policy)), "ratio": float(np.median(ratios))}
         row |= {"ratio_interval": bootstrap(ratios), "ratio_of_totals": float(np.median(totals))}
         row |= {"ratio_counted": (n["forwards"] + 3 * n["trained_parents"]) / (20 + 3 * 19)}
-        row["ratio_planned"] = planned(runs[name].o, prompts, curves) / planned(runs[base].o, prompts, curves)
+        row["ratio_planned"] = planned(runs[name].args, prompts, curves) / planned(runs[base].args, prompts, curves)
         rows[name] = row | {f"{k}_total": v * leaves for k, v in n.items()}
         rows[name] |= {"leaves_total": leaves, "raw": raw[name]}
     print(
@@ -180,7 +183,7 @@ def main() -> None:
         print(f"{name:<32}{numbers}{r['ratio_counted']:8.3f}{r['ratio_planned']:9.3f}{r['ratio_of_totals']:10.3f}")
     paper = {name: s for name, (_, _, s) in hardware.METHODS.items() if s}
     document = {"rows": rows, "paper_seconds": paper, "cost_model": cost_model(rows), "curves": curves}
-    common.finish("timing", o, document, draw)
+    common.finish("timing", args, document, draw)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from branchgrpo import (
     Sampler,
     clipped_loss,
     credit,
-    gather,
+    flatten_edges,
     generators,
     prune,
     repeat_cond,
@@ -28,7 +28,7 @@ from branchgrpo import (
     sample_ode,
     update,
 )
-from schedules import plan
+from schedules import schedule_of
 from sde import branch_noise, second_order, sigma_schedule, step_moments
 from tree import fuse, keep_chosen, make_forest
 
@@ -45,7 +45,7 @@ def float64():
 
 
 class Toy:
-    """v(x, sigma, prompt) = tanh(W x + b sigma) + shift(prompt) g, a policy as policies.py describes; calls are recorded."""
+    """v(x, sigma, prompt) = tanh(W x + b sigma) + shift(prompt) g, a policy as policy.py describes; calls are recorded."""
 
     latent_shape = SHAPE
 
@@ -147,8 +147,8 @@ def credited(forest, trees, out, beta=1.0, width=None, depth=None):
 
 
 def settings(**changed):
-    o = {"clip": 0.05, "kl": 0.0, "micro_batch": 0, "max_grad_norm": 0.0}
-    return SimpleNamespace(**(o | changed))
+    args = {"clip": 0.05, "kl": 0.0, "micro_batch": 0, "max_grad_norm": 0.0}
+    return SimpleNamespace(**(args | changed))
 
 
 def step(policy, edges, sampler, prompts=PROMPTS, accelerator=None, **changed):
@@ -179,25 +179,25 @@ FORESTS = [
 @pytest.mark.parametrize("tail, splits", [(1, (0, 2)), (2, (0, 2)), (3, (0,)), (5, (0, 1))])
 def test_the_tail_is_dpm_solver_of_diffusers(tail, splits):
     """Each leaf's walk after the last noise, by diffusers' DPMSolverMultistepScheduler on our noise levels."""
-    o = SimpleNamespace(method="branchgrpo-mix", steps=10, branch=2, splits=splits, roots=1, mix=0, mix_every=None)
+    args = SimpleNamespace(method="branchgrpo-mix", steps=10, branch=2, splits=splits, roots=1, mix=0, mix_every=None)
     for name, value in (("iterations", 9), ("seed", 0), ("timestep_fraction", 1.0), ("depth_prune", None)):
-        setattr(o, name, value)
-    o.flash, o.shift = tail, 3.0
-    todo, policy = plan(o, 0), Toy()
-    k, forest = splits[-1] + 1, todo.forest
+        setattr(args, name, value)
+    args.flash, args.shift = tail, 3.0
+    schedule, policy = schedule_of(args, 0), Toy()
+    k, forest = splits[-1] + 1, schedule.forest
     assert forest.steps == k + tail and forest.leaves == 2 ** len(splits)
-    torch.testing.assert_close(todo.sigmas[: k + 1], sigma_schedule(10, 3.0)[: k + 1])
-    u = todo.sigmas[k:] / (3 - 2 * todo.sigmas[k:])  # undo the shift: the tail's steps are even
+    torch.testing.assert_close(schedule.sigmas[: k + 1], sigma_schedule(10, 3.0)[: k + 1])
+    u = schedule.sigmas[k:] / (3 - 2 * schedule.sigmas[k:])  # undo the shift: the tail's steps are even
     assert u.diff().std() < 1e-12 or tail == 1
-    sampler = Sampler(todo.sigmas, "cps", 0.7, flash=True)
+    sampler = Sampler(schedule.sigmas, "cps", 0.7, flash=True)
     out = rollout(policy, policy.encode(PROMPTS), forest, sampler, generators(0, 0, range(3)))
     solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     solver.set_timesteps(tail)
-    solver.sigmas = todo.sigmas[k:].float()
+    solver.sigmas = schedule.sigmas[k:].float()
     x = out.latents[k].flatten(0, 1)
     cond = repeat_cond(policy.encode(PROMPTS), forest.leaves)
     for i, t in enumerate(solver.timesteps):
-        v = policy.velocity(x, todo.sigmas[k + i].float().expand(len(x)), cond)
+        v = policy.velocity(x, schedule.sigmas[k + i].float().expand(len(x)), cond)
         x = solver.step(v, t, x).prev_sample
         torch.testing.assert_close(out.latents[k + i + 1].flatten(0, 1), x, atol=2e-6, rtol=1e-5)
 
@@ -275,8 +275,8 @@ def test_children_average_to_the_step_of_their_own_parent(k=3000):
     for p, prompt in enumerate(PROMPTS):
         for parent in range(2):
             x = out.latents[1][p, parent].numpy()
-            args = (policy.numpy(prompt)(x, sigmas[1]), sigmas[1], sigmas[2], 0.7, sigmas[1])
-            mean, std = oracle.step_moments("flow", x, *args)
+            pair = (policy.numpy(prompt)(x, sigmas[1]), sigmas[1], sigmas[2], 0.7, sigmas[1])
+            mean, std = oracle.step_moments("flow", x, *pair)
             children = out.latents[2][p].unflatten(0, (2, k))[parent]
             assert np.abs(children.mean(0).numpy() - mean).max() < 6 * std / np.sqrt(k)
             assert np.abs(children.std(0).numpy() / std - 1).max() < 6 / np.sqrt(2 * k)
@@ -357,7 +357,7 @@ def test_evaluation_is_the_ode():
             np.testing.assert_allclose(got[p].numpy(), x, rtol=1e-10)
 
 
-# ----------------------------------------------------------------------------------------------------- credit and gather
+# ----------------------------------------------------------------------------------------------------- credit and edges
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("changed", FORESTS)
 def test_credit_is_the_oracles(changed, beta):
@@ -388,8 +388,8 @@ def test_prune_keeps_the_oracles_edges(width, depth, chosen):
 
 
 def check_gather(out, forest, trees, keep, advantages, prompts, loss_weight):
-    """gather() against an enumeration: by step, by prompt, by parent, by child."""
-    edges = gather(out, forest, keep, advantages, torch.tensor(prompts), loss_weight)
+    """flatten_edges() against an enumeration: by step, by prompt, by parent, by child."""
+    edges = flatten_edges(out, forest, keep, advantages, torch.tensor(prompts), loss_weight)
     rows, columns = [], []
     for i in range(7):
         for p in prompts:
@@ -457,7 +457,7 @@ def test_gather_counts_the_papers_tree():
         ("parent-top1", None, 115, 130),
         (None, (10, 5), 107, 122),
     ):
-        found = gather(out, forest, prune(forest, rewards, width, depth), advantages, ALL, "edge")
+        found = flatten_edges(out, forest, prune(forest, rewards, width, depth), advantages, ALL, "edge")
         assert (len(found.x), len(found.child)) == (3 * parents, 3 * edges)
 
 
@@ -491,8 +491,8 @@ def edge_by_edge(policy, sampler, trees, prompts, loss_weight, clip, kl=0.0):
         for e in oracle.trained_edges(trees[p]):
             i = e.step
             x, child = torch.from_numpy(e.parent.latent)[None], torch.from_numpy(e.latent)[None]
-            args = (sigmas[i], sigmas[i + 1], sampler.eta, float(sigmas[1]))
-            mean, std = step_moments(sampler.kind, x, policy.velocity(x, sigmas[i : i + 1], cond), *args)
+            pair = (sigmas[i], sigmas[i + 1], sampler.eta, float(sigmas[1]))
+            mean, std = step_moments(sampler.kind, x, policy.velocity(x, sigmas[i : i + 1], cond), *pair)
             if sampler.density == "upstream":
                 logp = -((child - mean) ** 2).mean()
             else:
@@ -504,7 +504,7 @@ def edge_by_edge(policy, sampler, trees, prompts, loss_weight, clip, kl=0.0):
             if kl and id(e.parent) not in parents:
                 with torch.no_grad():
                     v_ref = policy.velocity(x, sigmas[i : i + 1], cond, reference=True)
-                m_ref, _ = step_moments(sampler.kind, x, v_ref, *args)
+                m_ref, _ = step_moments(sampler.kind, x, v_ref, *pair)
                 parents[id(e.parent)] = ((mean - m_ref) ** 2 / (2 * std**2)).mean()
     divergence = sum(parents.values()) / len(parents) if kl else torch.zeros(())
     loss = total / weights + kl * divergence
@@ -520,7 +520,7 @@ def check_update(forest, sampler, trees, loss_weight, width, depth, micro_batche
     clip = 0.02
     want_loss, want, clipped, divergence = edge_by_edge(policy, sampler, trees, prompts, loss_weight, clip, kl)
     assert 0 < clipped < 1, "the case must have clipped and free edges"
-    edges = gather(out, forest, keep, advantages, torch.tensor(prompts), loss_weight)
+    edges = flatten_edges(out, forest, keep, advantages, torch.tensor(prompts), loss_weight)
     for micro_batch in micro_batches:
         policy.calls.clear()
         log, gradient = step(policy, edges, sampler, clip=clip, micro_batch=micro_batch, kl=kl)
@@ -572,7 +572,7 @@ def test_the_whole_pipeline_against_finite_differences():
         velocities = [policy.numpy(prompt, theta) for prompt in PROMPTS]
         return oracle.total_loss(trees, velocities, sigmas, "flow", 0.7, 0.3, "path")
 
-    edges = gather(out, forest, keep, advantages, ALL, "path")
+    edges = flatten_edges(out, forest, keep, advantages, ALL, "path")
     log, gradient = step(policy, edges, sampler, clip=0.3)
     assert log["loss"] == pytest.approx(loss(theta), rel=1e-5, abs=1e-7)
     h = 1e-6
@@ -592,7 +592,7 @@ def test_every_depth_weighs_the_same_by_path(loss_weight):
     forest, sampler, trees = case(steps=6, branch=3)
     _, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
-    edges = gather(out, forest, keep, advantages, ALL, loss_weight)
+    edges = flatten_edges(out, forest, keep, advantages, ALL, loss_weight)
     at = edges.step[edges.parent]
     shares = torch.tensor([edges.weight[at == i].sum() for i in range(5)]) / edges.weight.sum()
     sizes = torch.tensor([3.0, 3, 9, 9, 9])
@@ -606,8 +606,8 @@ def test_a_step_weight_scales_the_loss_of_its_step(factor):
     forest, sampler, trees = case(splits=(2,), branch=4, chosen=())
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
-    plain = gather(out, forest, keep, advantages, ALL, "edge")
-    weighted = gather(out, forest, keep, advantages, ALL, "edge", [1.0, 1.0, factor, 1.0, 0.0])
+    plain = flatten_edges(out, forest, keep, advantages, ALL, "edge")
+    weighted = flatten_edges(out, forest, keep, advantages, ALL, "edge", [1.0, 1.0, factor, 1.0, 0.0])
     _, want = step(policy, plain, sampler)
     _, gradient = step(policy, weighted, sampler)
     assert np.abs(want).max() > 1e-3
@@ -623,7 +623,7 @@ def test_step_weights_of_several_steps_are_the_oracles():
     factors = [2.0, 1.0, 0.7, 0.3, 0.0]
     sigmas, velocities = oracle.sigma_schedule(5, 3.0), [policy.numpy(p) for p in PROMPTS]
     for loss_weight in ("edge", "path"):
-        edges = gather(out, forest, keep, advantages, ALL, loss_weight, factors)
+        edges = flatten_edges(out, forest, keep, advantages, ALL, loss_weight, factors)
         want = oracle.total_loss(trees, velocities, sigmas, "flow", 0.7, 0.05, loss_weight, factors)
         assert step(policy, edges, sampler)[0]["loss"] == pytest.approx(want, rel=1e-5, abs=1e-7)
 
@@ -634,7 +634,7 @@ def test_the_first_pass_has_ratio_1(kind, eta, density):
     forest, sampler, trees = case(kind=kind, eta=eta, density=density)
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out, width="parent-top1")
-    edges = gather(out, forest, keep, advantages, ALL, "edge")
+    edges = flatten_edges(out, forest, keep, advantages, ALL, "edge")
     log, _ = step(policy, edges, sampler, clip=1e-6)
     assert log["ratio_dev"] < 1e-9 and log["clip_frac"] == 0
     assert log["loss"] == pytest.approx(-edges.advantage.mean().item(), abs=1e-7)
@@ -648,7 +648,7 @@ def test_the_first_pass_has_ratio_1_in_float32():
     out = rollout(policy, policy.encode(PROMPTS), forest, sampler, generators(0, 0, range(3)), 5)
     assert all(x.dtype == torch.float32 for x in out.latents)
     advantages = credit(out, forest, torch.from_numpy(rewards_for(forest)), 1.0, 5.0)
-    edges = gather(out, forest, keep_chosen(forest, 3), advantages, ALL, "path")
+    edges = flatten_edges(out, forest, keep_chosen(forest, 3), advantages, ALL, "path")
     log, gradient = step(policy, edges, sampler, micro_batch=3)
     assert log["ratio_dev"] < 1e-6 and np.isfinite(gradient).all()
 
@@ -657,7 +657,7 @@ def test_ratio_dev_is_the_largest_deviation():
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
-    edges = gather(out, forest, keep, advantages, ALL, "edge")
+    edges = flatten_edges(out, forest, keep, advantages, ALL, "edge")
     for at, shift in ((0, 0.4), (5, -0.3), (len(edges.child) - 1, 0.2)):
         logp = edges.logp_old.clone()
         logp[at] -= shift
@@ -673,7 +673,7 @@ def test_a_nan_advantage_stops_before_the_optimiser():
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
-    edges = gather(out, forest, keep, advantages, ALL, "edge")
+    edges = flatten_edges(out, forest, keep, advantages, ALL, "edge")
     for name, value in (("advantage", float("nan")), ("logp_old", -float("inf")), ("x", float("nan"))):
         broken = getattr(edges, name).clone()
         broken[3] = value
@@ -681,8 +681,8 @@ def test_a_nan_advantage_stops_before_the_optimiser():
         bad = branchgrpo.Edges(**{**vars(edges), name: broken})
         for micro_batch in (0, 2):
             with pytest.raises(NonFinite):
-                o = settings(micro_batch=micro_batch, max_grad_norm=1.0)
-                update(policy, optimizer, Accelerator(cpu=True), bad, policy.encode(PROMPTS), sampler, o)
+                args = settings(micro_batch=micro_batch, max_grad_norm=1.0)
+                update(policy, optimizer, Accelerator(cpu=True), bad, policy.encode(PROMPTS), sampler, args)
             assert np.array_equal(policy.flat(), before) and not optimizer.state
     _, gradient = step(policy, edges, sampler)  # and a good update after it starts from a clean gradient
     assert np.isfinite(gradient).all()
@@ -694,7 +694,7 @@ def test_an_update_with_nothing_to_train_is_no_step(micro_batch):
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
-    edges = gather(out, forest, [k & False for k in keep], advantages, ALL, "edge")
+    edges = flatten_edges(out, forest, [k & False for k in keep], advantages, ALL, "edge")
     log, moved = step(policy, edges, sampler, micro_batch=micro_batch)
     assert (log["loss"], log["ratio_dev"]) == (0, 0) and (moved == 0).all()
 
@@ -703,7 +703,7 @@ def test_gradients_are_clipped_to_their_norm_and_reported_before():
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
-    edges = gather(out, forest, keep, advantages, ALL, "edge")
+    edges = flatten_edges(out, forest, keep, advantages, ALL, "edge")
     log, free = step(policy, edges, sampler)
     norm = np.linalg.norm(free)
     clipped_log, clipped = step(policy, edges, sampler, max_grad_norm=norm / 4)
@@ -716,7 +716,7 @@ def test_updates_do_not_add_up_gradients():
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
-    edges = gather(out, forest, keep, advantages, ALL, "edge")
+    edges = flatten_edges(out, forest, keep, advantages, ALL, "edge")
     assert np.array_equal(step(policy, edges, sampler)[1], step(policy, edges, sampler)[1])
 
 
@@ -748,7 +748,7 @@ def test_without_a_split_below_the_root_it_is_flat_grpo(shape, loss_weight):
                 terms.append(-torch.min(rho * group[sample], rho.clamp(0.95, 1.05) * group[sample]))
     loss = torch.stack(terms).mean()
     want = torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.trainable())]).numpy()
-    edges = gather(out, forest, keep_chosen(forest, 3), advantages, ALL, loss_weight)
+    edges = flatten_edges(out, forest, keep_chosen(forest, 3), advantages, ALL, loss_weight)
     log, gradient = step(policy, edges, sampler, clip=0.05)
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
     np.testing.assert_allclose(gradient, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
@@ -808,13 +808,13 @@ def test_two_processes_take_the_step_of_one(loss_weight):
     advantages, keep = credited(forest, trees, out, width="parent-top1")
     policy.perturb(0.1)
     changed = {"clip": 0.02, "kl": 0.7, "micro_batch": 3}
-    want_log, want = step(policy, gather(out, forest, keep, advantages, ALL, loss_weight), sampler, **changed)
+    want_log, want = step(policy, flatten_edges(out, forest, keep, advantages, ALL, loss_weight), sampler, **changed)
     both, found = Both(), {}
 
     def run(rank, prompts):
         mine = Toy()
         mine.perturb(0.1)
-        edges = gather(out, forest, keep, advantages, prompts, loss_weight)
+        edges = flatten_edges(out, forest, keep, advantages, prompts, loss_weight)
         found[rank] = step(mine, edges, sampler, accelerator=Process(rank, both), **changed)
 
     threads = [threading.Thread(target=run, args=(r, part)) for r, part in enumerate(ALL.split(2))]

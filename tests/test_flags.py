@@ -11,6 +11,7 @@ import pytest
 
 import flags
 import train_image
+from prompts import load_prompts, read_prompts
 
 SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 4 --iterations 1"
 PROMPTS = ["a cat", "a dog", "a red  bicycle", "a cat", " ", "ein Löwe"]
@@ -34,15 +35,15 @@ def written(folder, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "parquet"])
 def test_prompts_are_read_without_blanks_and_repeats(tmp_path, kind):
-    assert flags.read_prompts(written(tmp_path, kind), "--prompts") == WANTED
+    assert read_prompts(written(tmp_path, kind), "--prompts") == WANTED
 
 
 def test_a_list_of_prompts_and_another_column(tmp_path):
     path = tmp_path / "anime.json"  # as HPDv2's benchmark
     path.write_text(json.dumps(PROMPTS))
-    assert flags.read_prompts(str(path), "--prompts") == WANTED
+    assert read_prompts(str(path), "--prompts") == WANTED
     path.write_text(json.dumps([{"caption": p} for p in PROMPTS]))
-    assert flags.read_prompts(str(path), "--prompts", "caption") == WANTED
+    assert read_prompts(str(path), "--prompts", "caption") == WANTED
 
 
 def test_a_data_set_of_the_hub(monkeypatch):
@@ -53,7 +54,7 @@ def test_a_data_set_of_the_hub(monkeypatch):
         return datasets.Dataset.from_dict({"prompt": PROMPTS})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert flags.read_prompts("hub:a/b", "--prompts") == flags.read_prompts("hub:a/b:test", "--prompts") == WANTED
+    assert read_prompts("hub:a/b", "--prompts") == read_prompts("hub:a/b:test", "--prompts") == WANTED
     assert asked == [("a/b", "train"), ("a/b", "test")]
 
 
@@ -63,23 +64,23 @@ def test_a_data_set_that_is_a_script(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match="--prompts hub:ymhao/HPDv2 cannot be read: Dataset scripts"):
-        flags.read_prompts("hub:ymhao/HPDv2", "--prompts")
+        read_prompts("hub:ymhao/HPDv2", "--prompts")
 
 
 def test_the_held_out_tenth_of_a_sorted_file_is_of_all_kinds(tmp_path):
     path = tmp_path / "sorted.txt"
     path.write_text("\n".join(f"{kind} {i}" for kind in "abcd" for i in range(50)))
-    o = SimpleNamespace(prompts=str(path), eval_prompts=None, prompt_column="prompt", plan=None)
-    prompts, heldout = flags.load_prompts(o, "", "")
+    args = SimpleNamespace(prompts=str(path), eval_prompts=None, prompt_column="prompt", plan=None)
+    prompts, heldout = load_prompts(args, "", "")
     assert {p[0] for p in heldout} == set("abcd") and len(heldout) == 20 and not set(prompts) & set(heldout)
-    assert (prompts, heldout) == flags.load_prompts(o, "", "")  # always the same
+    assert (prompts, heldout) == load_prompts(args, "", "")  # always the same
 
 
 def test_a_hundred_thousand_prompts(tmp_path):
     path, began = tmp_path / "many.txt", time.perf_counter()
     path.write_text("\n".join(f"prompt {i % 100_000}" for i in range(150_000)))
-    o = SimpleNamespace(prompts=str(path), eval_prompts=None, prompt_column="prompt", plan=None)
-    prompts, heldout = flags.load_prompts(o, "", "")
+    args = SimpleNamespace(prompts=str(path), eval_prompts=None, prompt_column="prompt", plan=None)
+    prompts, heldout = load_prompts(args, "", "")
     assert (len(prompts), len(heldout)) == (90_000, 10_000) and time.perf_counter() - began < 5
 
 
@@ -96,7 +97,7 @@ def test_prompts_that_cannot_be_read(tmp_path):
         if text is not None:
             path.write_text(text)
         with pytest.raises(ValueError, match=words):
-            flags.read_prompts(str(path), "--prompts")
+            read_prompts(str(path), "--prompts")
 
 
 def test_metrics_go_to_wandb(tmp_path, monkeypatch, capsys):

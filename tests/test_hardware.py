@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hardware
 import train_image
 import train_video
-from policies import LORA_TARGETS
+from policy import LORA_TARGETS
 
 BF16, HERE = torch.bfloat16, Path(__file__).parent.parent
 
@@ -145,11 +145,11 @@ def test_memory_by_hand():
 
 def test_seconds_by_hand():
     """T = 20, splits 0,3,6,9: forwards in batches of at most 4 nodes, parents likewise; a call costs 1 + b."""
-    o = planned("--method branchgrpo --leaves 16 --micro-batch 4 --prompts-per-iteration 1")
+    args = planned("--method branchgrpo --leaves 16 --micro-batch 4 --prompts-per-iteration 1")
     sizes = [1, *[2] * 3, *[4] * 3, *[8] * 3, *[16] * 10]  # nodes at the depths 0..19
     rollout = sum(n + -(-n // 4) for n in sizes)
     parents = sum(sizes[:-1])
-    assert hardware.seconds(o, 0, 1, lambda b: 1 + b, lambda b: 10 * b) == rollout + 10 * parents
+    assert hardware.seconds(args, 0, 1, lambda b: 1 + b, lambda b: 10 * b) == rollout + 10 * parents
 
 
 def test_the_papers_seconds_follow_its_own_counts_but_for_mix():

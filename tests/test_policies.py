@@ -19,8 +19,20 @@ from diffusers.models.transformers import transformer_flux, transformer_wan
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 import loop
-from branchgrpo import Sampler, credit, gather, generators, prune, repeat_cond, rollout, sample_ode, take_cond, update
-from policies import FluxPolicy, WanPolicy, load_pipeline
+from branchgrpo import (
+    Sampler,
+    credit,
+    flatten_edges,
+    generators,
+    prune,
+    repeat_cond,
+    rollout,
+    sample_ode,
+    take_cond,
+    update,
+)
+from models import FluxPolicy, WanPolicy
+from policy import load_pipeline
 from sde import sigma_schedule
 from tiny.make_tiny_flux import build
 from tree import make_forest
@@ -309,9 +321,9 @@ def a_tree_and_an_update(policy, cond):
     pictures, rolled = policy.decode(out.latents[-1].flatten(0, 1)), lap()
     rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]])
     advantages = credit(out, forest, rewards, 1.0, 5.0)
-    edges = gather(out, forest, prune(forest, rewards, None, None), advantages, torch.arange(1), "edge")
-    o = SimpleNamespace(clip=1e-4, kl=0.0, micro_batch=1, max_grad_norm=1.0)
-    log = update(policy, torch.optim.AdamW(policy.trainable()), Accelerator(cpu=True), edges, cond, sampler, o)
+    edges = flatten_edges(out, forest, prune(forest, rewards, None, None), advantages, torch.arange(1), "edge")
+    args = SimpleNamespace(clip=1e-4, kl=0.0, micro_batch=1, max_grad_norm=1.0)
+    log = update(policy, torch.optim.AdamW(policy.trainable()), Accelerator(cpu=True), edges, cond, sampler, args)
     return pictures, log, rolled, lap()
 
 

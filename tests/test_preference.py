@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel
 
 import preference as P
+import pretrained
 import rewards as R
 
 HERE = Path(__file__).parent
@@ -44,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return {name: R.REWARDS[name](P.Setup(str(folder), batch=4)) for name in NAMES}
+    return {name: R.REWARDS[name](pretrained.Setup(str(folder), batch=4)) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,25 +69,28 @@ def test_a_batch_equals_one_by_one_in_order(loaded, name):
 def test_half_precision_is_close(folder, loaded, name):
     x, prompts = torch.rand(6, 3, 40, 50, generator=torch.Generator().manual_seed(0)), weights.PROMPTS[:6]
     full = loaded[name](x, prompts)
-    half = R.REWARDS[name](P.Setup(str(folder), dtype=torch.bfloat16))
+    half = R.REWARDS[name](pretrained.Setup(str(folder), dtype=torch.bfloat16))
     assert 0 < (half(x, prompts) - full).abs().max() < 0.05 * (full.max() - full.min())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_parts_go_to_the_device_and_back(folder, name):
     """Nothing stays behind: on the meta device, which computes nothing, the scores come out on it (ImageReward needs values)."""
-    reward = R.REWARDS[name](P.Setup(str(folder)))
+    reward = R.REWARDS[name](pretrained.Setup(str(folder)))
     modules = [m for m in vars(reward).values() if isinstance(m, torch.nn.Module)]
     assert {id(m) for m in modules} == {id(m) for m in reward.models}
     if name != "imagereward":
-        reward.setup = P.Setup(device="meta")
+        reward.setup = pretrained.Setup(device="meta")
         for model in reward.models:
             model.to("meta")
         assert reward.scores(np.zeros((2, 40, 50, 3), np.uint8), ["a", "b"]).device.type == "meta"
     moved = []
     for model in reward.models:
         model.to = lambda device, moved=moved: moved.append(device)
-    reward.setup, reward.scores = P.Setup(device="X", offload=True), lambda pictures, prompts: torch.zeros(len(prompts))
+    reward.setup, reward.scores = (
+        pretrained.Setup(device="X", offload=True),
+        lambda pictures, prompts: torch.zeros(len(prompts)),
+    )
     reward(torch.zeros(1, 3, 32, 32), ["a"])
     assert moved == ["X"] * len(reward.models) + ["cpu"] * len(reward.models)
 
@@ -122,11 +126,11 @@ def test_extreme_shapes_are_scored(loaded, size):
         assert reward(torch.rand(1, 3, *size), ["a"]).isfinite().all()
 
 
-ENTRIES = [(name, *pair) for name in EVERY for pair in P.FILES[name]]
+ENTRIES = [(name, *pair) for name in EVERY for pair in pretrained.FILES[name]]
 
 
 def copy(folder, tmp_path, name):
-    for sub in {r for r, _ in P.FILES[name]}:
+    for sub in {r for r, _ in pretrained.FILES[name]}:
         shutil.copytree(folder / sub, tmp_path / sub)
 
 
@@ -135,8 +139,12 @@ def test_a_missing_file_is_named_with_the_command_that_fetches_it(folder, tmp_pa
     copy(folder, tmp_path, name)
     (tmp_path / repository / file).unlink()
     with pytest.raises(ValueError) as error:
-        R.load_rewards(name, "", ["a cat"], torch.ones(1, 3, 32, 32), P.Setup(str(tmp_path)))
-    fetch = "curl -fL --create-dirs -o" if repository in P.GITHUB else f"hf download {repository} {file} --local-dir"
+        R.load_rewards(name, "", ["a cat"], torch.ones(1, 3, 32, 32), pretrained.Setup(str(tmp_path)))
+    fetch = (
+        "curl -fL --create-dirs -o"
+        if repository in pretrained.GITHUB
+        else f"hf download {repository} {file} --local-dir"
+    )
     assert f"lacks {file}; fetch with: {fetch} {tmp_path}/{repository}" in str(error.value)
 
 
@@ -144,17 +152,17 @@ def test_all_missing_files_are_fetched_by_one_line():
     with pytest.raises(
         ValueError, match="hf download .*large-patch14 model.safetensors config.json vocab.json merges.txt && curl"
     ):
-        P.weight_files("aesthetic", P.Setup())
+        pretrained.weight_files("aesthetic", pretrained.Setup())
 
 
 def test_files_may_lie_in_the_folder_and_in_the_cache(folder, tmp_path, monkeypatch, loaded):
     """Weights in one, vocabulary in the other: each is taken from where it is."""
     copy(folder, tmp_path, "pickscore")
     for file in ("vocab.json", "merges.txt"):
-        (tmp_path / P.PICK / file).unlink()
+        (tmp_path / pretrained.PICK / file).unlink()
     monkeypatch.setattr(P, "try_to_load_from_cache", lambda repository, file: str(folder / repository / file))
     x = torch.rand(3, 3, 32, 32)
-    reward = P.PickScore(P.Setup(str(tmp_path)))
+    reward = P.PickScore(pretrained.Setup(str(tmp_path)))
     torch.testing.assert_close(reward(x, weights.PROMPTS[:3]), loaded["pickscore"](x, weights.PROMPTS[:3]))
 
 
@@ -166,7 +174,7 @@ def test_a_damaged_file_is_one_sentence_that_names_it(folder, tmp_path, name, re
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "page": b"<html>404</html>"}[fault])
     with pytest.raises(ValueError) as error:
-        R.REWARDS[name](P.Setup(str(tmp_path)))
+        R.REWARDS[name](pretrained.Setup(str(tmp_path)))
     assert str(path) in str(error.value) and "fetch it again" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -175,7 +183,7 @@ def test_a_damaged_file_is_one_sentence_that_names_it(folder, tmp_path, name, re
 def test_wrong_weights_are_one_sentence(folder, tmp_path, name, fault):
     copy(folder, tmp_path, name)
     path = tmp_path / weights.FILES[name]
-    state = P.read_weights(path)
+    state = pretrained.read_weights(path)
     key = next(
         k
         for k in state
@@ -190,7 +198,7 @@ def test_wrong_weights_are_one_sentence(folder, tmp_path, name, fault):
     else:
         torch.save({"list": [1], "number": {"state_dict": {"a": 1}}}.get(fault, state), path)
     with pytest.raises(ValueError) as error:
-        R.REWARDS[name](P.Setup(str(tmp_path)))
+        R.REWARDS[name](pretrained.Setup(str(tmp_path)))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -243,7 +251,7 @@ def test_the_official_checkpoints_fit_the_official_architectures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def video_align(folder):
-    return P.VideoAlign(P.Setup(str(folder), batch=4))
+    return P.VideoAlign(pretrained.Setup(str(folder), batch=4))
 
 
 def small_videos(n: int) -> torch.Tensor:
@@ -262,28 +270,28 @@ def test_videoalign_in_batches_and_in_half_precision(folder, video_align):
     rated = video_align(x, prompts)
     one_by_one = torch.cat([video_align(x[i : i + 1], prompts[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(rated, one_by_one, atol=2e-5, rtol=1e-5)
-    half = P.VideoAlign(P.Setup(str(folder), dtype=torch.bfloat16))(x, prompts)
+    half = P.VideoAlign(pretrained.Setup(str(folder), dtype=torch.bfloat16))(x, prompts)
     assert 0 < (half - rated).abs().max() < 0.3
 
 
 def test_videoalign_sums_its_ratings_and_looks_once(folder, monkeypatch):
     looks, whole = [], P.VideoAlign.scores
     monkeypatch.setattr(P.VideoAlign, "scores", lambda *a: looks.append(1) or whole(*a))
-    x, prompts, names = small_videos(2), ["a red cat", "a dog"], ",".join(P.PARTS)
-    rewards, _ = R.load_rewards(names, "", prompts, torch.ones(1, 9, 3, 32, 32), P.Setup(str(folder)))
+    x, prompts, names = small_videos(2), ["a red cat", "a dog"], ",".join(pretrained.PARTS)
+    rewards, _ = R.load_rewards(names, "", prompts, torch.ones(1, 9, 3, 32, 32), pretrained.Setup(str(folder)))
     del looks[:]
     scores = R.score(rewards, x, prompts)
     assert looks == [1]
     parts = [scores[f"videoalign-{d}"] for d in ("vq", "mq", "ta")]
     torch.testing.assert_close(scores["videoalign"], sum(parts))
-    torch.testing.assert_close(torch.stack(parts, 1), P.VideoAlign(P.Setup(str(folder)))(x, prompts))
+    torch.testing.assert_close(torch.stack(parts, 1), P.VideoAlign(pretrained.Setup(str(folder)))(x, prompts))
     R.score(rewards, x, prompts[::-1])
     R.score(rewards, x.clone(), prompts[::-1])
     assert looks == [1] * 4  # another model, other prompts, other videos
 
 
 def test_videoalign_refuses_what_it_cannot_see_or_read(folder):
-    load = lambda prompt, blank: R.load_rewards("videoalign-mq", "", [prompt], blank, P.Setup(str(folder)))  # noqa: E731
+    load = lambda prompt, blank: R.load_rewards("videoalign-mq", "", [prompt], blank, pretrained.Setup(str(folder)))  # noqa: E731
     for blank in (torch.ones(1, 3, 32, 32), torch.ones(1, 1, 3, 32, 32)):
         with pytest.raises(P.CannotScore, match="videos of two frames"):
             load("a cat", blank)

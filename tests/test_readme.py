@@ -1,7 +1,11 @@
 """The README agrees with the code: its links, its snippets and its commands."""
 
+import ast
+import io
 import re
 import shlex
+import textwrap
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ import train_image
 
 HERE = Path(__file__).parent.parent
 README = (HERE / "README.md").read_text()
+NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -75,18 +80,73 @@ def test_commands_parse():
             flags.resolve(parser.parse_args(argv))
 
 
-def test_size():
-    """Top-level code at most 3,200 lines, docstrings and comments counted, blank lines not; no function over 60."""
-    import ast
+def lines_of_code(text: str) -> int:
+    """Lines that hold code: blank lines, comments and docstrings do not count."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in NOT_CODE:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        documented = (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None
+        )
+        if documented:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
 
+
+def test_size():
+    """At most 3,600 lines of code at the top level; comments and docstrings are free. No function of over 60 lines of code."""
     total = 0
     for path in [*HERE.glob("*.py"), *HERE.glob("tiny/*.py")]:
         text = path.read_text()
-        total += sum(1 for line in text.splitlines() if line.strip()) * (path.parent == HERE)
+        total += lines_of_code(text) * (path.parent == HERE)
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
-    assert total <= 3200
+                body = textwrap.dedent(ast.get_source_segment(text, node, padded=True))
+                assert lines_of_code(body) <= 60, f"{path.name}: {node.name}"
+    assert total <= 3600
+
+
+def test_lines_of_code():
+    """By hand: of these eight lines three are code."""
+    text = '"""Doc\nstring."""\n\n# comment\ndef f():  # trailing\n    """Doc."""\n    return (\n        1)\n'
+    assert lines_of_code(text) == 3
+
+
+ORDER = (  # a file imports only what stands before it: nothing points upwards, and there are no circles
+    *("sde", "tree", "branchgrpo", "schedules", "prompts", "pretrained", "preference", "rewards", "parallel"),
+    *("policy", "models", "flags", "checkpoint", "loop", "hardware", "launch", "report", "train_image", "train_video"),
+)
+
+
+def test_imports_point_downwards():
+    """Every top-level file stands in ORDER and imports only earlier ones."""
+    assert sorted(ORDER) == sorted(p.stem for p in HERE.glob("*.py"))
+    for place, name in enumerate(ORDER):
+        for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
+            imported = [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for other in filter(ORDER.__contains__, imported):
+                assert ORDER.index(other) < place, f"{name}.py imports {other}.py"
+
+
+def long_line(path: Path) -> str | None:
+    """The first line above 120 columns outside a Markdown table or link; None if there is none."""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if len(line) > 120 and not (path.suffix == ".md" and line.lstrip().startswith(("|", "!["))):
+            return f"{path.name}:{number}"
+    return None
+
+
+def test_lines_end_at_120_columns():
+    """Of code, docs and scripts; tables apart."""
+    paths = [
+        p
+        for kind in ("*.py", "bench/*.py", "tests/*.py", "tiny/*.py", "*.md", "docs/*.md", "configs/*.sh")
+        for p in HERE.glob(kind)
+    ]
+    assert [where for where in map(long_line, paths) if where] == []
 
 
 def test_flags_reach_the_code():
@@ -94,7 +154,7 @@ def test_flags_reach_the_code():
     code = "".join(p.read_text() for p in HERE.glob("*.py"))
     for action in flags.parser("", "", 32, 64, "ocr")._actions:
         if action.dest != "help":
-            assert re.search(rf"\bo\.{action.dest}\b", code), action.dest
+            assert re.search(rf"\bargs\.{action.dest}\b", code), action.dest
 
 
 def test_every_default_is_shown(capsys):

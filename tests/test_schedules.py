@@ -8,14 +8,14 @@ import numpy as np
 import oracle
 import pytest
 
-from schedules import DANCE_STEPS, METHODS, noise_sharing, plan, step_std_weights
+from schedules import DANCE_STEPS, METHODS, noise_sharing, schedule_of, step_std_weights
 
 T = 20
 
 
 def options(method, **changed):
     """Resolved options as the paper has them."""
-    o = {
+    args = {
         "method": method,
         "steps": T,
         "leaves": 16,
@@ -36,15 +36,15 @@ def options(method, **changed):
         "shift": 3.0,
         "eta": 0.7,
     }
-    return SimpleNamespace(**(o | changed))
+    return SimpleNamespace(**(args | changed))
 
 
 def stochastic(forest):
     return [i for i in range(forest.steps) if forest.stochastic(i)]
 
 
-def forests(o, iterations=None):
-    return [plan(o, i).forest for i in range(iterations or o.iterations)]
+def forests(args, iterations=None):
+    return [schedule_of(args, i).forest for i in range(iterations or args.iterations)]
 
 
 def test_the_seven_methods():
@@ -68,40 +68,42 @@ def test_siblings_are_correlated_in_trees_alone(method):
 
 
 def test_branchgrpo():
-    o = options("branchgrpo", roots=2)
-    for forest in forests(o, 3):
+    args = options("branchgrpo", roots=2)
+    for forest in forests(args, 3):
         assert (forest.roots, forest.splits) == (2, (0, 3, 6, 9)) and forest.leaves == 32
         assert stochastic(forest) == list(range(T - 1))
         assert [forest.children[i] for i in (0, 1, 3, 9, 19)] == [2, 1, 2, 2, 1]
 
 
 def test_dancegrpo_shares_the_initial_noise_and_splits_at_once():
-    forest = plan(options("dancegrpo", leaves=12), 0).forest
+    forest = schedule_of(options("dancegrpo", leaves=12), 0).forest
     assert forest.sizes == (1,) + (12,) * T
     assert stochastic(forest) == list(range(T - 1))
 
 
 def test_flowgrpo_is_independent_trajectories():
-    forest = plan(options("flowgrpo", leaves=12), 0).forest
+    forest = schedule_of(options("flowgrpo", leaves=12), 0).forest
     assert forest.sizes == (12,) * (T + 1) and forest.splits == ()
     assert stochastic(forest) == list(range(T - 1))
 
 
 def test_branchgrpo_mix_slides_over_17_positions():
     """300 iterations over 17 starts: one later every 300 // 17 = 17; splits are always stochastic, the last step never."""
-    o = options("branchgrpo-mix")
+    args = options("branchgrpo-mix")
     starts = oracle.window_positions(0, 16, 300)
     assert len(set(starts)) == 17 and starts[16] == 0 and starts[17] == 1
-    for start, forest in zip(starts, forests(o)):
+    for start, forest in zip(starts, forests(args)):
         assert forest.splits == (0, 3, 6, 9)
         assert stochastic(forest) == sorted({0, 3, 6, 9, *range(start, start + 4)} - {T - 1})
         assert [i for i, c in enumerate(forest.chosen) if c] == sorted({0, 3, 6, 9, *range(start, start + 4)})
 
 
 def test_branchgrpo_mix_moves_every_25_where_told():
-    o = options("branchgrpo-mix", mix_every=25, iterations=500)
+    args = options("branchgrpo-mix", mix_every=25, iterations=500)
     for iteration, start in ((0, 0), (24, 0), (25, 1), (174, 6), (175, 7), (399, 15), (400, 16), (499, 16)):
-        assert stochastic(plan(o, iteration).forest) == sorted({0, 3, 6, 9, *range(start, min(start + 4, T - 1))})
+        assert stochastic(schedule_of(args, iteration).forest) == sorted(
+            {0, 3, 6, 9, *range(start, min(start + 4, T - 1))}
+        )
 
 
 def test_branchgrpo_mix_of_width_0_leaves_the_splits_alone():
@@ -111,8 +113,8 @@ def test_branchgrpo_mix_of_width_0_leaves_the_splits_alone():
 
 def test_mixgrpo_splits_at_the_windows_first_step():
     """One initial noise, an ODE prefix, 16 independent children at the window's start, 17 starts for T = 20, w = 4."""
-    o = options("mixgrpo")
-    for start, forest in zip(oracle.window_positions(0, 16, 300), forests(o)):
+    args = options("mixgrpo")
+    for start, forest in zip(oracle.window_positions(0, 16, 300), forests(args)):
         assert forest.sizes == (1,) * (start + 1) + (16,) * (T - start)
         assert stochastic(forest) == [i for i in range(start, start + 4) if i < T - 1]
 
@@ -144,17 +146,19 @@ def test_one_random_step_then_ode(method, after):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_is_a_function_of_seed_and_iteration(method):
     """Asked again, or in another order, an iteration's plan is the same: a resumed run agrees."""
-    o = options(method, timestep_fraction=0.5, depth_prune=3)
-    forward = [plan(o, i) for i in range(30)]
+    args = options(method, timestep_fraction=0.5, depth_prune=3)
+    forward = [schedule_of(args, i) for i in range(30)]
     np.random.seed(123)
-    assert forward == [plan(o, i) for i in reversed(range(30))][::-1]
+    assert forward == [schedule_of(args, i) for i in reversed(range(30))][::-1]
     chosen = [p.trained_steps for p in forward]
     if method != "tempflow":  # which has one stochastic step
         assert len(set(chosen)) > 1
-        assert chosen != [plan(options(method, timestep_fraction=0.5, seed=1), i).trained_steps for i in range(30)]
+        assert chosen != [
+            schedule_of(options(method, timestep_fraction=0.5, seed=1), i).trained_steps for i in range(30)
+        ]
     if method in ("tempflow", "flowgrpo-fast"):
         assert len({p.forest.splits for p in forward}) > 1
-        other = [plan(options(method, seed=1), i).forest.splits for i in range(30)]
+        other = [schedule_of(options(method, seed=1), i).forest.splits for i in range(30)]
         assert [p.forest.splits for p in forward] != other
 
 
@@ -162,9 +166,9 @@ def test_a_plan_is_a_function_of_seed_and_iteration(method):
 @pytest.mark.parametrize("method, changed", [("dancegrpo", {}), ("branchgrpo-mix", {}), ("flowgrpo", {"steps": 26})])
 def test_timestep_fraction_trains_the_ceiling(method, changed, fraction):
     """ceil(f n) of the n stochastic steps, with f n computed exactly (.28 * 25 is 7, in floats 7.000000000000001)."""
-    o = options(method, timestep_fraction=float(fraction), **changed)
+    args = options(method, timestep_fraction=float(fraction), **changed)
     for i in range(10):
-        p = plan(o, i)
+        p = schedule_of(args, i)
         steps = stochastic(p.forest)
         assert p.trained_steps <= set(steps)
         assert len(p.trained_steps) == math.ceil(Fraction(fraction) * len(steps))
@@ -174,7 +178,7 @@ def test_timestep_fraction_reaches_every_step_equally():
     """300 draws of 12 of 19: each step is trained 189.5 +- 8.4 times; all lie within 5 std."""
     counts = np.zeros(T)
     for i in range(300):
-        counts[list(plan(options("dancegrpo", timestep_fraction=0.6), i).trained_steps)] += 1
+        counts[list(schedule_of(options("dancegrpo", timestep_fraction=0.6), i).trained_steps)] += 1
     p = 12 / 19
     assert np.abs(counts[:-1] - 300 * p).max() < 5 * math.sqrt(300 * p * (1 - p))
 
@@ -182,23 +186,23 @@ def test_timestep_fraction_reaches_every_step_equally():
 # ----------------------------------------------------------------------------------------------------------------- depth
 def test_the_depth_window_sweeps_from_the_last_split_to_the_stop():
     """Width 5 of T = 20: starts 10..14, one later every 300 // 5 = 60 iterations; off by default."""
-    assert plan(options("branchgrpo"), 0).depth is None
-    o = options("branchgrpo", depth_prune=5)
+    assert schedule_of(options("branchgrpo"), 0).depth is None
+    args = options("branchgrpo", depth_prune=5)
     want = [(start, 5) for start in oracle.window_positions(10, 14, 300)]
-    assert [plan(o, i).depth for i in range(300)] == want
+    assert [schedule_of(args, i).depth for i in range(300)] == want
     assert want[0] == (10, 5) and want[59] == (10, 5) and want[60] == (11, 5) and want[-1] == (14, 5)
     every = options("branchgrpo", depth_prune=5, depth_every=30)
-    assert [plan(every, i).depth[0] for i in (0, 29, 30, 119, 120, 299)] == [10, 10, 11, 13, 14, 14]
+    assert [schedule_of(every, i).depth[0] for i in (0, 29, 30, 119, 120, 299)] == [10, 10, 11, 13, 14, 14]
     stopped = options("branchgrpo", depth_prune=5, depth_stop=15)
-    assert [plan(stopped, i).depth[0] for i in (0, 149, 150, 299)] == [10, 10, 11, 11]
+    assert [schedule_of(stopped, i).depth[0] for i in (0, 149, 150, 299)] == [10, 10, 11, 11]
 
 
 # -------------------------------------------------------------------------------------------------------------- TempFlow
 @pytest.mark.parametrize("sde, eta", [("flow", 0.7), ("dance", 0.3), ("cps", 0.8)])
 def test_tempflow_weights_are_the_stds_at_mean_1(sde, eta):
     """w_i = std_i / mean(std over steps 0..T-2); the last step is not trained."""
-    o = options("tempflow", sde=sde, eta=eta)
-    weights, sigmas = step_std_weights(o), oracle.sigma_schedule(T, 3.0)
+    args = options("tempflow", sde=sde, eta=eta)
+    weights, sigmas = step_std_weights(args), oracle.sigma_schedule(T, 3.0)
     stds = [oracle.step_moments(sde, 0.0, 0.0, *sigmas[i : i + 2], eta, sigmas[1])[1] for i in range(T - 1)]
     assert len(weights) == T
     assert np.mean(weights[:-1]) == pytest.approx(1)
@@ -208,5 +212,5 @@ def test_tempflow_weights_are_the_stds_at_mean_1(sde, eta):
 
 def test_only_tempflow_has_step_weights():
     for method in METHODS:
-        weights = plan(options(method), 0).step_weight
+        weights = schedule_of(options(method), 0).step_weight
         assert weights == (step_std_weights(options(method)) if method == "tempflow" else None)

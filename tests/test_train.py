@@ -22,10 +22,13 @@ from tensorboard.backend.event_processing import event_accumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from workers import gradients, prepared
 
+import checkpoint
+import launch
 import loop
 import train_image
 from branchgrpo import Rollout, prune
-from policies import FluxPolicy
+from models import FluxPolicy
+from prompts import own_prompts, prompts_at
 from tree import make_forest
 
 HERE = Path(__file__).parent.parent
@@ -415,22 +418,22 @@ def test_the_learning_rate_falls_linearly(capsys, tmp_path):
 
 def test_the_prompt_stream_is_a_permutation_each_epoch():
     prompts = list("abcdefg")
-    stream = loop.prompts_at(prompts, 0, 0, 14)
+    stream = prompts_at(prompts, 0, 0, 14)
     assert sorted(stream[:7]) == prompts == sorted(stream[7:]) and stream[:7] != stream[7:]
-    assert loop.prompts_at(prompts, 0, 5, 4) == stream[5:9]
-    assert loop.prompts_at(prompts, 1, 0, 7) != stream[:7]
+    assert prompts_at(prompts, 0, 5, 4) == stream[5:9]
+    assert prompts_at(prompts, 1, 0, 7) != stream[:7]
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_an_update_has_the_same_prompts_on_any_number_of_processes(updates):
-    o, prompts = SimpleNamespace(prompts_per_iteration=8, seed=0), [str(i) for i in range(20)]
+    args, prompts = SimpleNamespace(prompts_per_iteration=8, seed=0), [str(i) for i in range(20)]
     found = []
     for n in (1, 2, 4):
         accelerators = [SimpleNamespace(num_processes=n, process_index=i) for i in range(n)]
-        each = [loop.own_prompts(o, a, prompts, 3) for a in accelerators]
+        each = [own_prompts(args, a, prompts, 3) for a in accelerators]
         share = 8 // n // updates  # as `iterate` divides them
         found.append([sorted(p for mine in each for p in mine[k * share :][:share]) for k in range(updates)])
-    assert found[0] == found[1] == found[2] and sorted(sum(found[0], [])) == sorted(loop.prompts_at(prompts, 0, 24, 8))
+    assert found[0] == found[1] == found[2] and sorted(sum(found[0], [])) == sorted(prompts_at(prompts, 0, 24, 8))
 
 
 def test_the_average_of_weights_has_the_decay_it_was_given(tmp_path):
@@ -448,25 +451,25 @@ def test_the_average_of_weights_has_the_decay_it_was_given(tmp_path):
 def test_an_error_of_a_library_keeps_its_traceback():
     """Ours are one sentence; where another's happened must not be lost."""
     with pytest.raises(json.JSONDecodeError):
-        loop.start("script", lambda argv: json.loads("{"), [], None)
+        launch.start("script", lambda argv: json.loads("{"), [], None)
 
 
 def test_files_may_move_before_a_resumption_but_not_change(tmp_path):
-    o = SimpleNamespace(resume=None, out=str(tmp_path), lr=1e-4, prompts="a.txt", reward_batch=32)
-    (tmp_path / "options.json").write_text(loop.options_to_keep(o, ["a", "b"], ["c"]))
-    moved = SimpleNamespace(**vars(o) | {"resume": "", "prompts": "b.txt", "reward_batch": 4})
-    loop.options_to_keep(moved, ["a", "b"], ["c"])
+    args = SimpleNamespace(resume=None, out=str(tmp_path), lr=1e-4, prompts="a.txt", reward_batch=32)
+    (tmp_path / "options.json").write_text(checkpoint.options_to_keep(args, ["a", "b"], ["c"]))
+    moved = SimpleNamespace(**vars(args) | {"resume": "", "prompts": "b.txt", "reward_batch": 4})
+    checkpoint.options_to_keep(moved, ["a", "b"], ["c"])
     with pytest.raises(ValueError, match="prompts"):
-        loop.options_to_keep(moved, ["a", "d"], ["c"])
+        checkpoint.options_to_keep(moved, ["a", "d"], ["c"])
     with pytest.raises(ValueError, match="--lr"):
-        loop.options_to_keep(SimpleNamespace(**vars(moved) | {"lr": 1e-3}), ["a", "b"], ["c"])
+        checkpoint.options_to_keep(SimpleNamespace(**vars(moved) | {"lr": 1e-3}), ["a", "b"], ["c"])
 
 
 def credit_mixed(scores, weights, mix, width=None):
     forest = make_forest(4, 2, (0, 1))
     out = Rollout([torch.zeros(2, n, 1) for n in forest.sizes], [torch.zeros(2, n) for n in forest.sizes[1:]], [])
-    o = SimpleNamespace(reward_mix=mix, fusion_beta=1.0, adv_clip=5.0, advantage="depth")
-    run = SimpleNamespace(o=o, weights=weights)
+    args = SimpleNamespace(reward_mix=mix, fusion_beta=1.0, adv_clip=5.0, advantage="depth")
+    run = SimpleNamespace(args=args, weights=weights)
     rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
     return rewards, advantages, prune(forest, ranking, width, None)
 

@@ -556,7 +556,7 @@ def test_both_keeps_what_all_keep():
     a = [torch.tensor([[True, False], [True, True]])]
     b = [torch.tensor([[True, True]])]  # one row serves all prompts
     c = [torch.tensor([[True, True], [False, True]])]
-    assert tree.both(a, b, c)[0].tolist() == [[True, False], [False, True]]
+    assert tree.intersect(a, b, c)[0].tolist() == [[True, False], [False, True]]
 
 
 # --------------------------------------------------------------------------------------------------------------- windows
@@ -578,8 +578,8 @@ def test_a_window_whose_last_start_lies_before_its_first_stays_at_the_first():
 
 def test_paper_windows():
     """Mix 4 of 20: starts 0..16, at every = 25 one later each 25 iterations. Depth 5: 10..14, so it ends at step 18."""
-    o = SimpleNamespace(steps=20, mix=4, iterations=300, mix_every=1)
-    assert (schedules.mix_window(o, 0, 20).start, schedules.mix_window(o, 299, 20).start) == (0, 16)
+    args = SimpleNamespace(steps=20, mix=4, iterations=300, mix_every=1)
+    assert (schedules.mix_window(args, 0, 20).start, schedules.mix_window(args, 299, 20).start) == (0, 16)
     starts = [tree.window_start(0, 16, i, 300, 25) for i in (0, 24, 25, 49, 50, 299)]
     assert starts == [0, 0, 1, 1, 2, 11]
     forest = make_forest(*PAPER)

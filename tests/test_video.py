@@ -22,7 +22,7 @@ import report
 import rewards as R
 import train_image
 import train_video
-from policies import WanPolicy
+from models import WanPolicy
 from tiny.make_tiny_wan import COLOURS, MOTIONS, SHAPES, build, combinations, draw, prompt
 
 HERE = Path(__file__).parent.parent

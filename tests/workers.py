@@ -13,10 +13,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+import launch
 import loop
 import parallel
 import train_image
 import train_video
+from checkpoint import Run
 
 # Micro-batches of one node: the batch size of a call, which moves last bits, is the same on any number of processes.
 SHARED = "--leaves 4 --prompts-per-iteration 4 --micro-batch 1 --max-grad-norm 0 --eval-size 1 --device cpu --steps 6"
@@ -28,25 +30,25 @@ CASES = {
 }
 
 
-def prepared(flags: str, folder: str) -> loop.Run:
+def prepared(flags: str, folder: str) -> Run:
     """A Run at iteration 0."""
     video = "--video" in flags
     script = train_video if video else train_image
-    o, *rest = script.job([*SHARED.split(), *flags.replace("--video", "").split(), "--out", folder])
-    return loop.prepare(o, Accelerator(cpu=True), *rest)
+    args, *rest = script.job([*SHARED.split(), *flags.replace("--video", "").split(), "--out", folder])
+    return launch.prepare(args, Accelerator(cpu=True), *rest)
 
 
-def gradients(run: loop.Run) -> dict[str, torch.Tensor]:
+def gradients(run: Run) -> dict[str, torch.Tensor]:
     """Whole gradients by name, after one iteration."""
     loop.iterate(run, 0)
     weights = run.policy.pipe.transformer.named_parameters()
     found = {name: parallel.whole(p.grad).contiguous() for name, p in weights if p.requires_grad}
-    run.policy.gather(run.accelerator.is_main_process)
+    run.policy.unshard(run.accelerator.is_main_process)
     if run.accelerator.is_main_process:  # whole again: it draws and saves alone
         loop.sample_ode(
             run.policy, run.policy.encode(run.prompts[:1]), run.sampler(), torch.zeros(1, *run.policy.latent_shape)
         )
-        run.policy.save(Path(run.o.out) / "model")
+        run.policy.save(Path(run.args.out) / "model")
     return found
 
 

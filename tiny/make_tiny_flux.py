@@ -274,19 +274,19 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2400, help="of 16 pictures; 4 minutes on one core")
     parser.add_argument("--stop-at", type=float, default=0.3, help="share of words right that ends pre-training")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
-    o = parser.parse_args()
+    args = parser.parse_args()
     began = time.perf_counter()
-    torch.manual_seed(o.seed)
-    heldout = choose_heldout(random.Random(o.seed), 256)
-    words = Words(random.Random(o.seed + 1), heldout)
+    torch.manual_seed(args.seed)
+    heldout = choose_heldout(random.Random(args.seed), 256)
+    words = Words(random.Random(args.seed + 1), heldout)
     pipe = build()
-    o.out.mkdir(parents=True, exist_ok=True)
-    write_prompts(words, heldout, 2048, o.out.parent)
-    train_vae(pipe.vae, words, o.vae_steps)
-    train_flow(pipe, words, o.stop_at, o.seed)
-    pipe.to(torch.float16).save_pretrained(o.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_prompts(words, heldout, 2048, args.out.parent)
+    train_vae(pipe.vae, words, args.vae_steps)
+    train_flow(pipe, words, args.stop_at, args.seed)
+    pipe.to(torch.float16).save_pretrained(args.out)
 
-    script = [sys.executable, str(HERE.parent / "train_image.py"), "--iterations", "0", "--model", str(o.out)]
+    script = [sys.executable, str(HERE.parent / "train_image.py"), "--iterations", "0", "--model", str(args.out)]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*script, "--out", folder], check=True, capture_output=True, text=True)
     scores = json.loads(done.stdout.splitlines()[-1])
@@ -300,7 +300,7 @@ def main() -> None:
         colour=scores["colour_before"],
         parameters=", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()),
     )
-    (o.out / "README.md").write_text(card)
+    (args.out / "README.md").write_text(card)
     print(json.dumps(scores))
 
 

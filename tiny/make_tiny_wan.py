@@ -256,24 +256,24 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="an autoencoder that step 3 made, to skip it")
     parser.add_argument("--stop-at", type=float, default=0.6, help="share of clips that move right; ends the flow")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
-    o = parser.parse_args()
+    args = parser.parse_args()
     began = time.perf_counter()
-    torch.manual_seed(o.seed)
-    rows, heldout = combinations(random.Random(o.seed), 48)
+    torch.manual_seed(args.seed)
+    rows, heldout = combinations(random.Random(args.seed), 48)
     pipe = build()
-    o.out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, chosen in (("train", rows), ("heldout", heldout)):
-        (o.out.parent / f"video_{name}.txt").write_text("".join(f"{prompt(*row)}\n" for row in chosen))
-    if o.vae:
-        pipe.vae = AutoencoderKLWan.from_pretrained(o.vae)
+        (args.out.parent / f"video_{name}.txt").write_text("".join(f"{prompt(*row)}\n" for row in chosen))
+    if args.vae:
+        pipe.vae = AutoencoderKLWan.from_pretrained(args.vae)
     else:
-        train_vae(pipe.vae, rows, random.Random(o.seed + 1), o.vae_steps)
-        pipe.vae.save_pretrained(o.out / "vae")
-    measure(pipe.vae, rows, random.Random(o.seed + 3))
-    train_flow(pipe, rows, random.Random(o.seed + 2), o.stop_at, o.seed)
-    pipe.to(torch.float16).save_pretrained(o.out)
+        train_vae(pipe.vae, rows, random.Random(args.seed + 1), args.vae_steps)
+        pipe.vae.save_pretrained(args.out / "vae")
+    measure(pipe.vae, rows, random.Random(args.seed + 3))
+    train_flow(pipe, rows, random.Random(args.seed + 2), args.stop_at, args.seed)
+    pipe.to(torch.float16).save_pretrained(args.out)
 
-    script = [sys.executable, str(HERE.parent / "train_video.py"), "--iterations", "0", "--model", str(o.out)]
+    script = [sys.executable, str(HERE.parent / "train_video.py"), "--iterations", "0", "--model", str(args.out)]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*script, "--out", folder], check=True, capture_output=True, text=True)
     scores = json.loads(done.stdout.splitlines()[-1])
@@ -288,7 +288,7 @@ def main() -> None:
         colour=scores["colour_before"],
         parameters=", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()),
     )
-    (o.out / "README.md").write_text(card)
+    (args.out / "README.md").write_text(card)
     print(json.dumps(scores))
 
 

@@ -352,13 +352,15 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--videoalign", type=Path)
     parser.add_argument("--manifest", action="store_true")
-    o = parser.parse_args()
-    if o.manifest:
-        write_manifest(o.videoalign.resolve())
-    if o.folder:
-        folder = o.folder.resolve()
+    args = parser.parse_args()
+    if args.manifest:
+        write_manifest(args.videoalign.resolve())
+    if args.folder:
+        folder = args.folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        found, seconds = full_scores(folder) if o.full else scores(folder, o.videoalign and o.videoalign.resolve())
+        found, seconds = (
+            full_scores(folder) if args.full else scores(folder, args.videoalign and args.videoalign.resolve())
+        )
         (folder / "scores.json").write_text(json.dumps({"scores": found, "seconds": seconds}, indent=1))
 
 

@@ -21,6 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import weights  # noqa: E402
 
 import preference as P  # noqa: E402
+import pretrained  # noqa: E402
 import rewards as R  # noqa: E402
 
 
@@ -64,7 +65,7 @@ def seconds_a_picture(reward, batch: int, n: int = 64) -> float:
     return (time.perf_counter() - began) / n
 
 
-def full(name: str, setup: P.Setup) -> tuple[list[float], dict]:
+def full(name: str, setup: pretrained.Setup) -> tuple[list[float], dict]:
     """Scores of three pictures at full size, with what loading and scoring cost."""
     began = time.perf_counter()
     reward = R.REWARDS[name](setup)
@@ -79,7 +80,7 @@ def main() -> None:
     """Compare every reward that the authority scored."""
     folder = Path(sys.argv[1]).resolve()
     authority = json.loads((folder / "scores.json").read_text())
-    setup, document = P.Setup(str(folder), batch=64), {}
+    setup, document = pretrained.Setup(str(folder), batch=64), {}
     at_full_size = len(authority["scores"]["hpsv2"]) == 3
     if not at_full_size:
         reduce_architectures(folder)
