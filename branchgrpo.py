@@ -1,19 +1,24 @@
 """BranchGRPO, the algorithm: roll out a forest, credit its edges, update the policy on those that are kept.
 
-Idea (arXiv:2509.06040v5): independent rollouts repeat the same early steps and share one sparse reward. A tree shares the
+Idea (arXiv:2509.06040v5): independent rollouts repeat the same early steps and share one sparse reward. A tree shares
+the
 prefixes, so it costs fewer model calls, and its leaf rewards, fused upwards, give every depth an advantage of its own.
 
-1. rollout    one transformer call a depth, for all prompts and nodes at once                        Eq. 1 and 2
-2. credit     fuse leaf rewards upwards, normalise over each depth of a prompt                       Eq. 3 and 4
-3. prune      choose the edges to train; rollouts and rewards are untouched
-4. gather     the kept edges as flat arrays, a row for every parent that still has one
-5. update     clipped surrogate over those edges; siblings share one forward and one backward        Eq. 5
+1. rollout         one transformer call per depth, for all prompts and nodes at once                 Eq. 1 and 2
+2. credit          fuse leaf rewards upwards, normalise over each depth of a prompt                   Eq. 3 and 4
+3. prune           choose the edges to train; rollouts and rewards are untouched
+4. flatten_edges   the kept edges as flat arrays, one row for every parent that still has one
+5. surrogate       the clipped loss of those edges; siblings share one forward and one backward       Eq. 5
+6. update          one optimiser step on it, over micro-batches and processes
 
 Direction of time: step i walks from sigma_i (depth i) to sigma_{i+1} (depth i + 1); depth 0 is noise.
 
-Departures from the paper and its code. The last step is an ODE step and is not trained. Log-probs are means over dimensions.
-Every update is explicit (`--updates`): the published code steps its optimiser about 37 times an iteration. Every method of
-the field is a forest with a schedule (schedules.py), so baselines share all of this code.
+Departures from the paper and its code, and why:
+- The last step is an ODE step and is not trained: its noise would not reach the reward.
+- Log-probs are means over dimensions (sde.py says why).
+- Optimiser steps are explicit (`--updates`): the published code takes about 37 per iteration, so that its curves per
+  iteration compare different numbers of steps.
+- Every method of the field is a forest with a schedule (schedules.py), so baselines share all of this code.
 """
 
 import math
@@ -25,10 +30,9 @@ import torch
 from torch import Tensor
 
 from sde import branch_noise, gaussian_logp_mean, second_order, step_moments
-from tree import Forest, depth_advantages, drop_window, fuse, intersect, keep_chosen, keep_extreme, keep_parent_top1
+from tree import Forest, advantages, drop_window, fuse, intersect, keep_chosen, keep_extreme, keep_parent_top1
 
-STATS = ("loss", "ratio_dev", "clip_frac", "kl", "grad_norm")  # of an update
-Cond = dict[str, Tensor]  # what a policy makes of prompts, which are the first dimension of each
+Cond = dict[str, Tensor]  # conditioning: what a policy makes of prompts; the first dimension of each tensor is P
 
 
 class NonFinite(RuntimeError):
@@ -37,9 +41,15 @@ class NonFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampler:
-    """What defines a transition: sigmas (T+1,) float64, the step's kind, its noise strength eta, branch noise s, density.
+    """What defines a transition from x_i to x_{i+1}.
 
-    flash: the tail of a rollout, after its last stochastic step, takes second-order steps, its first and last apart.
+    Args:
+        sigmas: (T+1,) float64 noise levels.
+        kind: of a stochastic step, a name in sde.STEPS.
+        eta: noise strength.
+        s: branch noise of Eq. 2.
+        density: of the log-prob, "true" or "upstream", see sde.gaussian_logp_mean.
+        flash: the tail, after the last stochastic step, takes second-order steps, see `tail`.
     """
 
     sigmas: Tensor
@@ -51,6 +61,7 @@ class Sampler:
 
     def moments(self, step: Tensor, x: Tensor, v: Tensor, stochastic: bool = True) -> tuple[Tensor, Tensor]:
         """Mean (B, ...) and std (B, 1, ..., 1) of the next latent; step (B,) may differ from row to row."""
+        # Each row has the noise level of its own step, as (B, 1, ..., 1) so that it broadcasts over the latent.
         sigmas = self.sigmas.to(x.device, x.dtype)
         shape = (-1, *[1] * (x.ndim - 1))
         sigma, sigma_next = sigmas[step].view(shape), sigmas[step + 1].view(shape)
@@ -59,7 +70,7 @@ class Sampler:
 
 @dataclass
 class Rollout:
-    """A forest of P prompts, sampled.
+    """A forest of P prompts, sampled; lists over depths or steps.
 
     latents: T+1 tensors (P, n_d, *latent) float32, exactly those whose log-prob was taken (no cast after it).
     logp_mean: T tensors (P, n_{i+1}); 0 on deterministic edges.
@@ -72,12 +83,15 @@ class Rollout:
 
     def path_logp(self, forest: Forest) -> Tensor:
         """(P, leaves) float64: log-probs summed along each leaf's path."""
+        # Edge i of a leaf's path is the one that leads to the leaf's ancestor at depth i + 1.
+        # Two leaves below one node of depth 1: both take log-prob 0 of that step, then each its own.
         steps = range(forest.steps)
         return sum(self.logp_mean[i].double()[:, forest.ancestors(i + 1, forest.steps)] for i in steps)
 
 
 def generators(seed: int, iteration: int, slots: range) -> list[torch.Generator]:
-    """A CPU generator for each prompt slot, keyed by (seed, iteration, slot).
+    """A CPU generator for each prompt slot, keyed by (seed, iteration, slot); a slot is a prompt's place in its
+    iteration.
 
     Noise then depends neither on the device, nor on micro-batches, nor on how many processes share the prompts, and a
     resumed run needs no saved random state.
@@ -101,51 +115,100 @@ def velocity(policy, x: Tensor, step: Tensor, sampler: Sampler, cond: Cond, micr
     sigma = sampler.sigmas.to(x.device, x.dtype)[step]
     if not 0 < micro_batch < len(x):
         return policy.velocity(x, sigma, cond)
-    parts = torch.arange(len(x)).split(micro_batch)
-    return torch.cat([policy.velocity(x[p], sigma[p], take_cond(cond, p)) for p in parts])
+    rows = torch.arange(len(x)).split(micro_batch)
+    return torch.cat([policy.velocity(x[r], sigma[r], take_cond(cond, r)) for r in rows])
 
 
+# --------------------------------------------------------------------------------------------------- rollout, Eq. 1 and
+# 2
 @torch.no_grad()
 def rollout(
     policy, cond: Cond, forest: Forest, sampler: Sampler, rng, micro_batch: int = 0, keep_x0hat=False, store=None
 ) -> Rollout:
-    """Sample a forest for every prompt, one transformer call a depth for all prompts and nodes (Eq. 1 and 2).
+    """Sample a forest for every prompt, one transformer call per depth for all prompts and nodes (Eq. 1 and 2).
 
     Args:
         policy: see policy.py.
         cond: conditioning of P prompts.
         forest: its shape; its steps are sampler.sigmas' T.
-        rng: P generators, one a prompt, from `generators`.
+        rng: P generators, one per prompt, from `generators`.
         micro_batch: the most nodes in one transformer call; 0 is no limit.
         keep_x0hat: keep the clean estimate of every node, for drawing.
         store: device that keeps the latents; by default the policy's.
     """
     shape, device = policy.latent_shape, next(iter(cond.values())).device
-    x = torch.stack([torch.randn(forest.roots, *shape, generator=g) for g in rng]).to(device)  # (P, n_0, ...)
-    store, x0hat = store or device, None
+    store = store or device
+
+    # Depth 0: the initial noises, sigma_0 = 1, drawn by each prompt's own generator.
+    x = torch.stack([torch.randn(forest.roots, *shape, generator=g) for g in rng]).to(device)  # (P, n_0, *latent)
     out = Rollout([x.to(store)], [], [])
-    for i, k in enumerate(forest.children):
-        nodes = x.flatten(0, 1)  # (P n_i, ...)
+
+    # Up to the last noise, depth by depth; some of these steps may be deterministic (the ODE prefix, Mix).
+    for i in range(forest.last_stochastic + 1):
+        # All nodes of all prompts are one batch: node j of prompt p is row p n_i + j, beside its prompt's conditioning.
+        nodes = x.flatten(0, 1)  # (P n_i, *latent)
         step = torch.full((len(nodes),), i, device=device)
         v = velocity(policy, nodes, step, sampler, repeat_cond(cond, x.shape[1]), micro_batch)
         mean, std = sampler.moments(step, nodes, v, forest.stochastic(i))
-        if keep_x0hat or sampler.flash:
-            before, x0hat = x0hat, nodes - sampler.sigmas[i].item() * v
-        if keep_x0hat:
-            out.x0hat.append(x0hat.unflatten(0, x.shape[:2]))
-        if sampler.flash and forest.last_stochastic + 1 < i < forest.steps - 1:  # its first and last steps stay Euler
-            mean = second_order(nodes, x0hat, before, sampler.sigmas[i - 1 : i + 2].tolist())
+
+        # Eq. 1 with the noise of Eq. 2: K children per node, equal in mean and std. Node j's become rows jK .. jK + K -
+        # 1,
+        # the order in which `branch_noise` lists them. The log-prob is that of the latent which is stored.
         if forest.stochastic(i):
-            mean, std = mean.repeat_interleave(k, 0), std.repeat_interleave(k, 0)  # (P n_{i+1}, ...)
+            k = forest.children[i]
+            mean, std = mean.repeat_interleave(k, 0), std.repeat_interleave(k, 0)  # (P n_{i+1}, *latent)
             noise = torch.cat([branch_noise(x.shape[1], k, shape, sampler.s, g) for g in rng]).to(device)
             children = mean + std * noise
-            logp = gaussian_logp_mean(children, mean, std, sampler.density)
+            logp = gaussian_logp_mean(children, mean, std, sampler.density)  # (P n_{i+1},)
         else:
             children, logp = mean, torch.zeros(len(mean), device=device)
-        x = children.unflatten(0, (len(rng), -1))  # (P, n_{i+1}, ...)
+
+        if keep_x0hat:
+            out.x0hat.append((nodes - sampler.sigmas[i].item() * v).unflatten(0, x.shape[:2]))
+        x = children.unflatten(0, (len(rng), -1))  # (P, n_{i+1}, *latent)
         out.latents.append(x.to(store))
         out.logp_mean.append(logp.unflatten(0, (len(rng), -1)))
+
+    # From there every node has one child and no step draws noise: an ODE to sigma_T = 0.
+    for latents, x0hat in tail(policy, cond, x, forest, sampler, micro_batch):
+        out.latents.append(latents.to(store))
+        out.logp_mean.append(torch.zeros(latents.shape[:2], device=device))
+        if keep_x0hat:
+            out.x0hat.append(x0hat)
     return out
+
+
+def tail(policy, cond: Cond, x: Tensor, forest: Forest, sampler: Sampler, micro_batch: int = 0):
+    """The ODE after the last stochastic step: Euler's, or with `flash` second-order steps between its first and its
+    last.
+
+    Args:
+        x: (P, leaves, *latent) at depth last_stochastic + 1, where all branching is over.
+
+    Yields:
+        For each step that is left: the latents that it leads to, and the clean estimates that it started from,
+        (P, leaves, *latent) each.
+    """
+    x0hat = None
+    for i in range(forest.last_stochastic + 1, forest.steps):
+        nodes = x.flatten(0, 1)  # (P leaves, *latent)
+        step = torch.full((len(nodes),), i, device=x.device)
+        v = velocity(policy, nodes, step, sampler, repeat_cond(cond, x.shape[1]), micro_batch)
+
+        # The clean estimate of the step before serves a second-order step. One is enough, since nothing branches here:
+        # row j is the same trajectory at both steps.
+        x0hat_before, x0hat = x0hat, nodes - sampler.sigmas[i].item() * v
+        mean, _ = sampler.moments(step, nodes, v, stochastic=False)
+
+        # The first step stays Euler's: the estimate before it belongs to the parent, before noise was added, and is not
+        # on this trajectory. The last one too: at sigma_T = 0 the log-SNR, in which the solver steps, is infinite.
+        first, last = x0hat_before is None, i == forest.steps - 1
+        if sampler.flash and not first and not last:
+            mean = second_order(nodes, x0hat, x0hat_before, sampler.sigmas[i - 1 : i + 2].tolist())
+
+        prompts_and_leaves = x.shape[:2]
+        x = mean.unflatten(0, prompts_and_leaves)
+        yield x, x0hat.unflatten(0, prompts_and_leaves)
 
 
 @torch.no_grad()
@@ -154,17 +217,38 @@ def sample_ode(policy, cond: Cond, sampler: Sampler, noise: Tensor, micro_batch:
     x = noise
     for i in range(len(sampler.sigmas) - 1):
         step = torch.full((len(x),), i, device=x.device)
-        x = sampler.moments(step, x, velocity(policy, x, step, sampler, cond, micro_batch), stochastic=False)[0]
+        v = velocity(policy, x, step, sampler, cond, micro_batch)
+        x, _ = sampler.moments(step, x, v, stochastic=False)
     return x
 
 
-def credit(out: Rollout, forest: Forest, rewards: Tensor, beta: float, adv_clip: float, group=False) -> list[Tensor]:
-    """Edge advantages (T tensors (P, n_{i+1})) from leaf rewards (P, leaves), by Eq. 3 and 4."""
+# ------------------------------------------------------------------------------------------- credit and pruning, Eq. 3,
+# 4
+def credit(
+    out: Rollout, forest: Forest, rewards: Tensor, beta: float, adv_clip: float, rule: str = "depth"
+) -> list[Tensor]:
+    """What each edge earned, from the leaf rewards (Eq. 3 and 4).
+
+    Args:
+        out: the rollout, whose path log-probs weigh the leaves.
+        rewards: (P, leaves), higher is better.
+        beta: of Eq. 3, >= 0.
+        adv_clip: A_max > 0, to which advantages are clipped on both sides.
+        rule: a name in tree.ADVANTAGES.
+
+    Returns:
+        T tensors (P, n_{i+1}) float64 on the CPU: edge i takes its child's value.
+    """
+    # Eq. 3, bottom-up: fused[d] (P, n_d) is what the leaves below each node of depth d are worth.
     fused = fuse(rewards.to(out.logp_mean[0].device), out.path_logp(forest), forest, beta)
-    return depth_advantages([f.cpu() for f in fused], adv_clip, group=group)
+
+    # Eq. 4: compare the nodes of one prompt at one depth. The whole tree is compared, before any pruning.
+    return advantages([level.cpu() for level in fused], forest, rule, adv_clip)
 
 
-def prune(forest: Forest, rewards: Tensor, width: str | int | None, depth: tuple[int, int] | None, trained_steps=None):
+def prune(
+    forest: Forest, rewards: Tensor, width: str | int | None, depth: tuple[int, int] | None, trained_steps=None
+) -> list[Tensor]:
     """The edges to train, before the rule that deterministic ones are not: T bool masks (P, n_{i+1}).
 
     Args:
@@ -174,8 +258,12 @@ def prune(forest: Forest, rewards: Tensor, width: str | int | None, depth: tuple
         trained_steps: the stochastic steps that are trained; None is all.
     """
     keep = keep_chosen(forest, len(rewards))
+
+    # A fraction of the steps may be trained. Deterministic edges stay: they are counted as the paper counts them.
     if trained_steps is not None:
-        keep = [k & (i in trained_steps or not forest.stochastic(i)) for i, k in enumerate(keep)]
+        keep = [mask & (i in trained_steps or not forest.stochastic(i)) for i, mask in enumerate(keep)]
+
+    # Width: whole chains after the last split go. Depth: a window of steps goes. Together an edge must survive both.
     if width == "parent-top1":
         keep = intersect(keep, keep_parent_top1(forest, rewards))
     elif width is not None:
@@ -185,11 +273,13 @@ def prune(forest: Forest, rewards: Tensor, width: str | int | None, depth: tuple
     return keep
 
 
+# ------------------------------------------------------------------------------------------------- the loss, Eq. 5
 @dataclass
 class Edges:
-    """Kept stochastic edges as flat arrays: N parents, a row each, and E >= N edges sorted by parent.
+    """Kept stochastic edges as flat arrays: N parents, one row each, and E >= N edges sorted by parent.
 
-    x (N, *latent), step (N,), prompt (N,); child (E, *latent), parent (E,) into the N rows, advantage, logp_old, weight (E,).
+    x (N, *latent), step (N,), prompt (N,): of a parent. child (E, *latent), parent (E,) index into the N rows,
+    advantage (E,), logp_old (E,), weight (E,): of an edge.
     """
 
     x: Tensor
@@ -202,47 +292,92 @@ class Edges:
     weight: Tensor
 
 
+PARENT_FIELDS = ("x", "step", "prompt")  # the other fields of Edges have one entry per edge
+
+
 def flatten_edges(
-    out: Rollout, forest: Forest, keep, advantages, prompts: Tensor, loss_weight: str, step_weight=None
+    out: Rollout, forest: Forest, keep, credits, prompts: Tensor, loss_weight: str, step_weight=None
 ) -> Edges:
     """Flatten the kept stochastic edges of some prompts.
 
     Args:
-        keep, advantages: T tensors (P, n_{i+1}).
+        keep, credits: T tensors (P, n_{i+1}), masks from `prune` and advantages from `credit`.
         prompts: (p,) indices of the prompts of this update.
-        loss_weight: "edge" counts every edge once (Eq. 5); "path" weighs an edge by its share of the prompt's leaves,
-            1/n_{i+1}, as a flat rollout does, so that every depth weighs the same.
+        loss_weight: "edge" counts every edge once (Eq. 5); "path" weighs an edge by the fraction of the prompt's leaves
+            below it, 1/n_{i+1}, as a flat rollout does, so that every depth weighs the same.
         step_weight: (T,) factor of each step's loss, for TempFlow-GRPO; ones by default. It is no part of the divisor.
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in Edges.__dataclass_fields__}
     parents_so_far = 0
     for i in filter(forest.stochastic, range(forest.steps)):
+        # A parent is trained if any of its children's edges is kept, since siblings share its forward and backward.
+        # With p = 1, n_i = 3, K = 2: mask [[1,0],[0,0],[1,1]] gives trained [1,0,1].
         mask = keep[i][prompts].unflatten(1, (forest.sizes[i], -1))  # (p, n_i, K)
         trained = mask.any(2)  # (p, n_i)
-        row = parents_so_far + trained.flatten().cumsum(0).view_as(trained) - 1  # number of each trained parent
+
+        # Number the trained parents through: cumsum - 1 of [1,0,1] is [0,0,1]. The middle one is never read, as none of
+        # its edges is kept, and the edges (in the order of the mask) point at rows [0,1,1].
+        row = parents_so_far + trained.flatten().cumsum(0).view_as(trained) - 1  # (p, n_i)
         parents_so_far += int(trained.sum())
+        parent = row.unsqueeze(2).expand_as(mask)[mask]  # (E_i,)
+
+        # Parents: latent x_i, step i, and the prompt whose conditioning the transformer needs.
         device = out.latents[i].device
         edge, node = mask.flatten(1).to(device), trained.to(device)
-        factor = step_weight[i] if step_weight else 1.0  # > 0, so it passes through the clipped loss
-        columns["x"].append(out.latents[i][prompts][node])
+        columns["x"].append(out.latents[i][prompts][node])  # (N_i, *latent)
         columns["step"].append(torch.full((int(trained.sum()),), i))
         columns["prompt"].append(prompts[trained.nonzero()[:, 0]])
-        columns["child"].append(out.latents[i + 1][prompts][edge])
-        columns["parent"].append(row.unsqueeze(2).expand_as(mask)[mask])
-        columns["advantage"].append(advantages[i][prompts][mask.flatten(1)].float() * factor)
+
+        # Edges: the child x_{i+1} that was drawn, its log-prob then, its advantage. The factor of TempFlow-GRPO is
+        # above
+        # 0, so multiplying the advantage by it multiplies the clipped loss by it.
+        factor = step_weight[i] if step_weight else 1.0
+        columns["child"].append(out.latents[i + 1][prompts][edge])  # (E_i, *latent)
+        columns["parent"].append(parent)
+        columns["advantage"].append(credits[i][prompts][mask.flatten(1)].float() * factor)
         columns["logp_old"].append(out.logp_mean[i][prompts][edge])
+
+        # Eq. 5 counts edges, so step 0 with its 2 of 218 edges hardly weighs; by leaves below, each step weighs 1.
         weight = 1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0
         columns["weight"].append(torch.full((int(mask.sum()),), weight))
-    return Edges(**{name: torch.cat(parts).to(out.latents[0].device) for name, parts in columns.items()})
+    return Edges(**{name: torch.cat(tensors).to(out.latents[0].device) for name, tensors in columns.items()})
 
 
 def micro_batch_of(edges: Edges, rows: slice, device) -> Edges:
     """The parents at `rows` and their edges, on the device that computes."""
+    # Edges are sorted by parent, so those of parents a .. b - 1 are contiguous: parent [0,1,1,2], rows 1 .. 2 -> edges
+    # 1 .. 2.
     ends = torch.tensor([rows.start, rows.stop], device=edges.parent.device)
-    e = slice(*torch.searchsorted(edges.parent, ends).tolist())
-    some = {name: getattr(edges, name)[rows if name in ("x", "step", "prompt") else e] for name in vars(edges)}
-    some["parent"] = some["parent"] - rows.start
-    return Edges(**{name: value.to(device) for name, value in some.items()})
+    between = slice(*torch.searchsorted(edges.parent, ends).tolist())
+    fields = {name: getattr(edges, name)[rows if name in PARENT_FIELDS else between] for name in vars(edges)}
+
+    # Their parents are numbered from 0 again.
+    fields["parent"] = fields["parent"] - rows.start
+    return Edges(**{name: value.to(device) for name, value in fields.items()})
+
+
+def split_parents(edges: Edges, n: int, seed: list[int]) -> list[Edges]:
+    """The parents, with their edges, dealt at random into n sets whose sizes differ by one at most.
+
+    Args:
+        n: >= 1, the number of sets, for --updates-by parents.
+        seed: keys the permutation. Processes with equally many parents get sets of equal sizes.
+    """
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(edges.x)))
+    subsets = []
+    for rows in order.tensor_split(n):
+        # New numbers for the chosen parents, -1 for the others: rows [0,2] of 3 -> [0,-1,1]. In order, so edges stay
+        # sorted.
+        rows = rows.sort().values.to(edges.parent.device)
+        number = torch.full((len(edges.x),), -1, device=rows.device)
+        number[rows] = torch.arange(len(rows), device=rows.device)
+
+        # An edge goes where its parent goes.
+        chosen = (number[edges.parent] >= 0).nonzero()[:, 0]
+        fields = {name: getattr(edges, name)[rows if name in PARENT_FIELDS else chosen] for name in vars(edges)}
+        fields["parent"] = number[fields["parent"]]
+        subsets.append(Edges(**fields))
+    return subsets
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -250,56 +385,105 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+def surrogate(
+    policy, edges: Edges, cond: Cond, sampler: Sampler, clip: float, with_kl: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The body of Eq. 5 on one batch of edges, with gradient and without any machinery.
+
+    loss_e = -min(rho_e A_e, clip(rho_e, 1-e, 1+e) A_e), rho_e = p_new(x_{i+1} | x_i) / p_old(x_{i+1} | x_i), where both
+    log-probs are means over the D dimensions of a latent.
+
+    Args:
+        policy: whose velocity is trained.
+        edges: N parents, E edges, on the device that computes.
+        cond: conditioning of all prompts; edges.prompt picks from it.
+        sampler: the transitions of the rollout.
+        clip: e > 0.
+        with_kl: also the divergence from the untrained policy.
+
+    Returns:
+        loss (E,), ratio (E,), and kl (N,), which is None without `with_kl`.
+    """
+    # One forward per parent: its velocity gives mean and std of the transition to any child.
+    cond = take_cond(cond, edges.prompt)
+    v = velocity(policy, edges.x, edges.step, sampler, cond)  # (N, *latent)
+    mean, std = sampler.moments(edges.step, edges.x, v)  # (N, *latent), (N, 1, ..., 1)
+
+    # How likely is the child that was drawn, under the policy of now, against the policy that drew it?
+    logp = gaussian_logp_mean(edges.child, mean[edges.parent], std[edges.parent], sampler.density)  # (E,)
+    ratio = (logp - edges.logp_old).exp()
+    loss = clipped_loss(ratio, edges.advantage, clip)
+    if not with_kl:
+        return loss, ratio, None
+
+    # KL of two Gaussians of equal std, per dimension: mean_D (m - m_ref)^2 / (2 std^2).
+    with torch.no_grad():
+        v_ref = policy.velocity(edges.x, sampler.sigmas.to(v)[edges.step], cond, reference=True)
+        mean_ref, _ = sampler.moments(edges.step, edges.x, v_ref)
+    kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)  # (N,)
+    return loss, ratio, kl
+
+
+# ------------------------------------------------------------------------------------------------------------- the
+# update
 def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sampler, args) -> dict[str, float]:
     """One optimiser step on the kept edges of this process and of all others (Eq. 5).
 
-    loss = sum_e w_e clipped_loss_e / sum_e w_e + kl * mean over trained parents of mean_D (m - m_ref)^2 / (2 std^2), both
+    loss = sum_e w_e loss_e / sum_e w_e + kl * mean over trained parents of mean_D (m - m_ref)^2 / (2 std^2), both
     means over all micro-batches and processes.
 
     Args:
         args: options clip, kl, micro_batch, max_grad_norm.
 
     Returns:
-        loss, ratio_dev = max |rho - 1|, clip_frac (of the ratios), kl, grad_norm.
+        loss, ratio_dev = max |rho - 1|, clip_frac (of the ratios), grad_norm, and kl where it is computed; nothing
+        where
+        there is nothing to train.
 
     Raises:
         NonFinite: on every process at once, before the optimiser steps.
     """
     device = next(iter(cond.values())).device  # the edges may lie elsewhere
     n_parents, n_edges = len(edges.x), len(edges.child)
+
+    # The divisors of both means, over all processes. Every process asks, even one with nothing to train: a reduction
+    # waits
+    # for all, and one that stayed away would hang the others.
     total = torch.tensor([float(edges.weight.sum()), float(n_parents)], device=device)
-    total = accelerator.reduce(total, "sum")
-    if not total[0]:  # on every process alike: a window may leave nothing to train
-        return dict.fromkeys(STATS, 0.0)
-    size = args.micro_batch or n_parents
+    total_weight, total_parents = accelerator.reduce(total, "sum")
+    if not total_weight:  # on every process alike: a window may leave nothing to train
+        return {}
+
     sums = torch.zeros(3, device=device)  # loss, clipped edges, kl
     ratio_dev = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
-    for a in range(0, n_parents, size):
-        rows = slice(a, min(a + size, n_parents))
-        p = micro_batch_of(edges, rows, device)
-        last_one = rows.stop == n_parents
-        with nullcontext() if last_one else accelerator.no_sync(policy.transformer):  # DDP sums at the end
-            c = take_cond(cond, p.prompt)
-            v = velocity(policy, p.x, p.step, sampler, c)
-            mean, std = sampler.moments(p.step, p.x, v)
-            logp = gaussian_logp_mean(p.child, mean[p.parent], std[p.parent], sampler.density)
-            ratio = (logp - p.logp_old).exp()
-            loss = (p.weight * clipped_loss(ratio, p.advantage, args.clip)).sum() / total[0]
-            kl = torch.zeros((), device=device)
-            if args.kl:
-                with torch.no_grad():
-                    v_ref = policy.velocity(p.x, sampler.sigmas.to(v)[p.step], c, reference=True)
-                    mean_ref, _ = sampler.moments(p.step, p.x, v_ref)
-                kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1).sum() / total[1]
-            accelerator.backward((loss + args.kl * kl) * accelerator.num_processes)  # DDP averages over processes
+    size = args.micro_batch or n_parents
+    for start in range(0, n_parents, size):
+        rows = slice(start, min(start + size, n_parents))
+        batch = micro_batch_of(edges, rows, device)
+
+        # Gradients of micro-batches add up. DDP averages over processes at the end of a backward: only of the last one.
+        last = rows.stop == n_parents
+        with nullcontext() if last else accelerator.no_sync(policy.transformer):
+            loss, ratio, kl = surrogate(policy, batch, cond, sampler, args.clip, with_kl=args.kl > 0)
+            loss = (batch.weight * loss).sum() / total_weight
+            kl = torch.zeros((), device=device) if kl is None else kl.sum() / total_parents
+
+            # An average over processes of sums over their own edges: times their number it is the sum over all edges.
+            accelerator.backward((loss + args.kl * kl) * accelerator.num_processes)
+
         with torch.no_grad():
             ratio_dev = torch.maximum(ratio_dev, (ratio - 1).abs().max())
-            sums += torch.stack([loss + args.kl * kl, ((ratio - 1).abs() > args.clip).float().sum() / n_edges, kl])
+            clipped = ((ratio - 1).abs() > args.clip).float().sum() / n_edges
+            sums += torch.stack([loss + args.kl * kl, clipped, kl])
+
+    # Every process sees the same sums and the same norm, so all stop together or none does.
     sums = accelerator.reduce(sums, "sum")
     grad_norm = accelerator.clip_grad_norm_(policy.trainable(), args.max_grad_norm or math.inf)
     if not (sums.isfinite().all() and torch.as_tensor(grad_norm).isfinite()):
         raise NonFinite(f"the loss ({float(sums[0])}) or its gradient norm ({float(grad_norm)}) is not finite")
     optimizer.step()
-    found = (sums[0], accelerator.gather(ratio_dev).max(), sums[1] / accelerator.num_processes, sums[2], grad_norm)
-    return dict(zip(STATS, map(float, found)))
+
+    stats = {"loss": sums[0], "ratio_dev": accelerator.gather(ratio_dev).max(), "grad_norm": grad_norm}
+    stats |= {"clip_frac": sums[1] / accelerator.num_processes} | ({"kl": sums[2]} if args.kl else {})
+    return {name: float(value) for name, value in stats.items()}

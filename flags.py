@@ -1,30 +1,115 @@
 """The command line that images and video share: flags with unit and origin, and what they resolve to.
 
-A default is the value tuned for the embedded model (LAB.md has the runs), or the paper's where it says so; settings for
-FLUX.1-dev are in configs/. What a flag leaves open is decided here, once, and printed: the splits, the noise strength, the
-widths of windows. Only an explicit contradiction is an error.
+What a flag leaves open is decided here, once, and printed with where it comes from. Two columns of DEFAULTS answer it:
+the values tuned for the embedded models of tiny/ (LAB.md has the runs), and for any other checkpoint those of the paper
+(arXiv:2509.06040) or of the method's authors: a value tuned on 4 million parameters says nothing about FLUX.1-dev.
+docs/defaults.md says why each value is what it is.
+
+1. parser      all flags; those of DEFAULTS are None until they are resolved
+2. resolve     method, tree, steps, windows, rates: what was given stays, the rest is filled in
+3. describe    every value with its origin, the derived counts, and the command of the unpruned counterpart
+
+Only an explicit contradiction is an error: the flag, the value, what is allowed.
 """
 
 import argparse
+import json
 import math
+import shlex
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from rewards import REWARDS, parse_weights
 from schedules import DANCE_STEPS, METHODS, TREES, WINDOWED, schedule_of
 from sde import STEPS
-from tree import count, make_forest, parse_splits, spread_splits
+from tree import ADVANTAGES, count, make_forest, parse_splits, spread_splits
 
 HERE = Path(__file__).parent
 TREE_FLAGS = ("branch", "splits", "roots", "branch_noise", "width_prune", "depth_prune")
+PRUNE_FLAGS = ("width_prune", "depth_prune", "depth_every", "depth_stop")
 BARE = -1  # a flag given without its value
 MAY_CHANGE = (  # between a run and its resumption
     *("resume", "out", "eval_every", "save_every", "keep", "tracker", "device", "fsdp", "micro_batch", "compile"),
     *("gradient_checkpointing", "text_offload", "text_cache", "tree_offload", "reward_offload", "reward_batch"),
     *("reward_weights", "prompts", "eval_prompts"),  # where they lie; a hash of the prompts themselves is compared
+    "origin",  # of each value: given, tuned, the paper, ...
 )
 
 
+# ------------------------------------------------------------------------------------------------------------- defaults
+@dataclass(frozen=True)
+class Default:
+    """A value left open: for the embedded model, for any other checkpoint, and where the latter comes from."""
+
+    embedded: object
+    other: object
+    source: str = "the paper"
+
+    def __str__(self):
+        if self.embedded == self.other:
+            return f"{self.other} ({self.source})"
+        return f"{self.embedded} for the embedded model, else {self.other} ({self.source})"
+
+
+PAPER_IMAGE = {  # by destination of the flag; the values that follow from others are in `resolve`
+    "height": Default(32, 720),
+    "width": Default(64, 720),
+    "guidance": Default(3.5, 3.5, "FLUX.1-dev's model card"),
+    "steps": Default(10, 20),
+    "shift": Default(3.0, 3.0),
+    "reward": Default("ocr:1,colour:1", "hpsv2"),
+    "fusion_beta": Default(1.0, 1.0),
+    "adv_clip": Default(5.0, 5.0, "DanceGRPO"),
+    "clip": Default(1e-4, 1e-4, "DanceGRPO"),
+    "kl": Default(0.0, 0.0, "DanceGRPO"),
+    "iterations": Default(400, 300),
+    "prompts_per_iteration": Default(4, 16, "the paper's 16 GPUs, one prompt each"),
+    "lr_end": Default(0.0, 1.0),
+    "weight_decay": Default(1e-4, 1e-4),
+    "max_grad_norm": Default(1.0, 1.0, "DanceGRPO"),
+    "ema": Default(0.0, 0.995),
+    "dtype": Default("fp32", "bf16", "DanceGRPO"),
+    "micro_batch": Default(64, 1, "the published code"),
+}
+PAPER_VIDEO = PAPER_IMAGE | {  # frames and resolution of the paper's video runs were not published: Wan2.1's, shortened
+    "height": Default(32, 480, "Wan2.1's model card"),
+    "width": Default(32, 832, "Wan2.1's model card"),
+    "frames": Default(9, 33, "a third of Wan2.1's 81, to fit"),
+    "guidance": Default(1.0, 5.0, "Wan2.1's model card"),
+    "reward": Default("motion:1,colour:1", "videoalign-mq"),
+    "iterations": Default(200, 300),
+}
+TUNED_LR = {"flux": 7e-5, "wan": 2e-4}
+TUNED_ETA = {"dance": (1.6, 0.7), "flow": (0.7, 0.7), "cps": (0.7, 0.7)}  # with few noisy steps, with all of them
+PUBLISHED_ETA = {"dance": 0.3, "flow": 0.7, "cps": 0.8}  # DanceGRPO and the paper, Flow-GRPO, Flow-CPS
+
+
+def kind_of(args) -> str:
+    """Which embedded model the script has: "flux", or "wan" for video."""
+    return "wan" if hasattr(args, "frames") else "flux"
+
+
+def is_embedded(args) -> bool:
+    """True where --model is an embedded model or was trained from it: its transformer has the same configuration."""
+
+    def config(folder: Path) -> dict:
+        file = folder / "transformer/config.json"
+        values = json.loads(file.read_text()) if file.is_file() else {}
+        return {name: value for name, value in values.items() if not name.startswith("_")}
+
+    own = config(HERE / "tiny" / kind_of(args))
+    return args.plan is None and config(Path(args.model)) == own
+
+
+def fill(args, name: str, value, origin: str) -> None:
+    """Set an option that is still open, and remember where its value comes from."""
+    if getattr(args, name) is None:
+        setattr(args, name, value)
+        args.origin[name] = origin
+
+
+# ------------------------------------------------------------------------------------------------------ types of values
 def text_or_number(text: str) -> str | int:
     """'parent-top1' stays; 'extreme-4' and '4' become 4."""
     if text == "parent-top1":
@@ -44,7 +129,7 @@ def number(kind: type, low: float, high: float = math.inf, above=False, below=Fa
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            value = math.nan  # fails every comparison below
         if not (low <= value <= high) or (above and value == low) or (below and value == high):
             raise argparse.ArgumentTypeError(f"must be {'a whole number ' if kind is int else ''}{rule}, got {text!r}")
         return value
@@ -54,46 +139,93 @@ def number(kind: type, low: float, high: float = math.inf, above=False, below=Fa
 
 COUNT, FROM_ZERO = number(int, 1), number(int, 0)
 POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
-SHARE, BELOW_ONE = number(float, 0, 1, above=True), number(float, 0, 1, below=True)
+FRACTION, BELOW_ONE = number(float, 0, 1, above=True), number(float, 0, 1, below=True)
 
 
+# --------------------------------------------------------------------------------------------------------------- parser
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default, except those that depend on other flags: their help says what they become."""
+    """Shows every default, except those that are decided later: their help says what they become."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage of fifty flags before it."""
+    """Knows which flags were given, and says what is wrong in one sentence, without the usage of fifty flags."""
+
+    def parse_args(self, argv=None, namespace=None):
+        """Parsed flags; `origin` of each that was given is "given", of each with a plain default "default"."""
+        # argparse fills in a default only where the namespace has no value yet: what is still unset was not given.
+        unset = object()
+        names = [action.dest for action in self._actions if action.dest != "help"]
+        args = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+        origin = {}
+        for name in names:
+            if getattr(args, name) is not unset:
+                origin[name] = "given"
+            else:
+                setattr(args, name, self.get_default(name))
+                if getattr(args, name) is not None:
+                    origin[name] = "default"
+        args.origin = origin
+        return args
 
     def error(self, message):
         """Exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
-def parser(description: str, model: str, height: int, width: int, reward: str, guidance=3.5) -> argparse.ArgumentParser:
-    """All flags; the arguments are the defaults in which image and video differ."""
+def adder(group, defaults: dict[str, Default]):
+    """A group's add_argument; for the flags of `defaults` it leaves the value open and says in the help what it becomes."""
+
+    def add(flag: str, help: str, **options) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in defaults:
+            help, options = f"{help}; default: {defaults[name]}", options | {"default": None}
+        group.add_argument(flag, help=help.replace("%", "%%"), **options)
+
+    return add
+
+
+def parser(description: str, video: bool = False) -> Parser:
+    """All flags of train_image.py, or with `video` of train_video.py."""
     p = Parser(description=description, formatter_class=Help, allow_abbrev=False)
-    g = p.add_argument_group("model and data").add_argument
-    g("--model", default=model, help="folder or hub id of a diffusers pipeline")
-    g("--prompts", help="text (a line each), .json, .jsonl, .csv, .parquet, hub:NAME:SPLIT; default: the embedded ones")
+    defaults = PAPER_VIDEO if video else PAPER_IMAGE
+
+    def group(title: str):
+        return adder(p.add_argument_group(title), defaults)
+
+    g = group("model and data")
+    g(
+        "--model",
+        default=str(HERE / "tiny" / ("wan" if video else "flux")),
+        help="folder or hub id of a diffusers pipeline",
+    )
+    g(
+        "--prompts",
+        help="text (one per line), .json, .jsonl, .csv, .parquet, hub:NAME:SPLIT; default: the embedded ones",
+    )
     g("--eval-prompts", help="held-out prompts, likewise; default: a random tenth of --prompts")
     g("--prompt-column", default="prompt", help="of a record of --prompts and --eval-prompts")
-    g("--height", type=COUNT, default=height, help="pixels (paper: 720)")
-    g("--width", type=COUNT, default=width, help="pixels (paper: 720)")
-    g("--guidance", type=NOT_NEGATIVE, default=guidance, help="scale (FLUX.1-dev, embedded: 3.5; Wan2.1: 5; 1 is none)")
+    g("--height", type=COUNT, help="pixels")
+    g("--width", type=COUNT, help="pixels")
+    if video:
+        g("--frames", type=COUNT, help="of a video, 4k + 1")
+    g("--guidance", type=NOT_NEGATIVE, help="scale; 1 is none")
     g("--lora", type=FROM_ZERO, default=0, help="LoRA rank, alpha = 2 rank; 0 trains all weights (Flow-GRPO: 64)")
-    add_tree_flags(p.add_argument_group("tree").add_argument)
-    add_learning_flags(p, reward)
-    add_memory_flags(p.add_argument_group("memory").add_argument)
-    g = p.add_argument_group("plan").add_argument
-    g("--plan", metavar="ARCHITECTURE", help="of flux1-dev or wan2.1-1.3b: only say what it costs; default: train")
+    add_tree_flags(group("tree"))
+    add_credit_flags(group("steps"), group("credit and loss"))
+    add_optimisation_flags(group("optimisation"))
+    add_memory_flags(group("memory"))
+
+    g = group("plan")
+    g("--plan", metavar="ARCHITECTURE", help="flux1-dev or wan2.1-1.3b: only say what it costs; default: train")
     g("--gpu", default="h100", help="of the plan: h100, h200, a100-80gb, l40s, rtx4090, rtx3090")
     g("--gpus", type=COUNT, default=1, help="of the plan")
-    g("--utilisation", type=number(float, 0, 1, above=True), default=0.4, help="of the plan: share of the peak rate")
-    g = p.add_argument_group("run").add_argument
-    g("--seed", type=FROM_ZERO, default=0, help="of prompts order and noise; held-out noises never change")
+    g("--utilisation", type=FRACTION, default=0.4, help="of the plan: fraction of the peak rate that is reached")
+
+    g = group("run")
+    g("--seed", type=FROM_ZERO, default=0, help="of the order of prompts and of noise; held-out noises never change")
     g("--out", help="the run's folder; default: runs/METHOD-DATE")
     g("--resume", nargs="?", const="", metavar="OUT", help="go on, same flags; bare: --out, or the newest in runs")
     g("--eval-every", type=COUNT, default=50, help="iterations between held-out evaluations")
@@ -106,9 +238,12 @@ def parser(description: str, model: str, height: int, width: int, reward: str, g
 
 
 def add_memory_flags(g) -> None:
-    """What a model needs to fit; none but --dtype, --nf4, --vae-tiling and in bf16 --fsdp changes the result beyond rounding."""
-    g("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over fp32 master weights")
-    g("--micro-batch", type=FROM_ZERO, default=64, help="most nodes in a transformer call; 0 = no limit")
+    """What a model needs to fit.
+
+    None but --dtype, --nf4, --vae-tiling and in bf16 --fsdp changes the result beyond rounding.
+    """
+    g("--dtype", choices=("fp32", "bf16"), help="bf16: autocast over fp32 master weights")
+    g("--micro-batch", type=FROM_ZERO, help="most nodes in one transformer call; 0 is no limit")
     g("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     packed = {"action": argparse.BooleanOptionalAction, "default": False}
     g("--nf4", **packed, help="frozen weights of the transformer in 4 bits; needs --lora and bitsandbytes")
@@ -121,99 +256,197 @@ def add_memory_flags(g) -> None:
 
 
 def add_tree_flags(g) -> None:
-    """The shape of the forest, what is stochastic, what is pruned; None is decided in `resolve_tree`."""
-    g("--method", choices=METHODS, help="default: branchgrpo-mix, or branchgrpo with --*-prune")
-    g("--steps", type=number(int, 2), default=10, help="denoising steps T (paper: 20)")
-    g("--shift", type=POSITIVE, default=3.0, help="shift of the noise levels (paper: 3)")
-    g("--leaves", type=number(int, 2), help="pictures a prompt; default: 16 (paper), or what --splits imply")
+    """The shape of the forest, which steps draw noise, what is pruned; what is None is decided in `resolve_tree`."""
+    g(
+        "--method",
+        choices=METHODS,
+        help="default: branchgrpo; branchgrpo-mix with --mix, or on the embedded model unpruned",
+    )
+    g("--steps", type=number(int, 2), help="denoising steps T")
+    g("--shift", type=POSITIVE, help="shift of the noise levels")
+    g("--leaves", type=number(int, 2), help="pictures per prompt; default: 16 (paper), or what --splits imply")
     g("--branch", type=number(int, 2), help="K, children of a node at a split; default: 2 (paper)")
-    g("--splits", type=parse_splits, help="split steps, as in 0,3,6,9; default: log_K(leaves), first half")
-    g("--roots", type=COUNT, help="independent trees a prompt; default: 1 (paper)")
-    g("--branch-noise", type=NOT_NEGATIVE, help="s of Eq. 2, inf = independent siblings; default: 4 (paper)")
-    g("--mix", type=FROM_ZERO, nargs="?", const=BARE, help="noisy window, steps; default: 0, mixgrpo T/5; bare: T/5")
-    g("--mix-every", type=COUNT, help="iterations a window step; default: sweep once (MixGRPO: 25)")
-    g("--width-prune", type=text_or_number, nargs="?", const="parent-top1", help="parent-top1 or extreme-B")
-    g("--depth-prune", type=COUNT, nargs="?", const=BARE, help="window of dropped steps; bare: T/4 (paper: 5 of 20)")
-    g("--depth-every", type=COUNT, help="iterations a window step; default: sweep once (paper: 30)")
-    g("--flash", type=COUNT, metavar="N", help="steps of the tail, second-order between its ends; default: all, Euler")
+    g("--splits", type=parse_splits, help="split steps, as in 0,3,6,9; default: log_K(leaves), in the first half")
+    g("--roots", type=COUNT, help="independent trees per prompt; default: 1 (paper)")
+    g("--branch-noise", type=NOT_NEGATIVE, help="s of Eq. 2, inf makes siblings independent; default: 4 (paper)")
+    g(
+        "--mix",
+        type=FROM_ZERO,
+        nargs="?",
+        const=BARE,
+        help="width of the noisy window; default and bare: T/5 (paper: 4 of 20); 0 on the embedded model",
+    )
+    g("--mix-every", type=COUNT, help="iterations per step of that window; default: it sweeps once (MixGRPO: 25)")
+    g(
+        "--width-prune",
+        type=text_or_number,
+        nargs="?",
+        const="parent-top1",
+        help="parent-top1 or extreme-B; bare: the former",
+    )
+    g(
+        "--depth-prune",
+        type=COUNT,
+        nargs="?",
+        const=BARE,
+        help="width of the window of dropped steps; bare: T/4 (paper: 5 of 20)",
+    )
+    g(
+        "--depth-every",
+        type=COUNT,
+        help="iterations per step of that window; default: it sweeps once on the embedded model, else 30 (paper)",
+    )
     g("--depth-stop", type=FROM_ZERO, help="step at which the window's end stays; default: the last stochastic one")
+    g(
+        "--flash",
+        type=COUNT,
+        metavar="N",
+        help="steps of the tail, second-order between its ends; default: all, Euler's",
+    )
 
 
-def add_learning_flags(p, reward: str) -> None:
-    """Steps, credit, loss and optimisation."""
-    g = p.add_argument_group("steps").add_argument
-    kinds = [k for k in STEPS if k != "ode"]
-    g("--sde", choices=kinds, help="kind of stochastic step; default: cps for branchgrpo-mix, else the method's own")
-    g("--eta", type=POSITIVE, help="noise strength; default: tuned (FLUX.1-dev: dance .3, flow .7, cps .8)")
-    g("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
-    g = p.add_argument_group("credit and loss").add_argument
-    g("--reward", default=reward, help=f"name:weight,... of {', '.join(REWARDS)}")
+def add_credit_flags(steps, g) -> None:
+    """The kind of step; rewards, credit and loss."""
+    kinds = [kind for kind in STEPS if kind != "ode"]
+    steps(
+        "--sde",
+        choices=kinds,
+        help="kind of stochastic step; default: the method's own (cps for branchgrpo-mix on the embedded model)",
+    )
+    steps(
+        "--eta",
+        type=POSITIVE,
+        help="noise strength; default: dance 0.3, flow 0.7, cps 0.8 as published, or tuned for the embedded model",
+    )
+    steps("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
+
+    g("--reward", help=f"name:weight,... of {', '.join(REWARDS)}")
     g("--reward-mix", choices=("reward", "advantage"), default="reward", help="what is summed, see loop.py")
     g("--reward-weights", metavar="DIR", help="folder of preference models' REPOSITORY/FILE; default: the hub's cache")
     g("--reward-dtype", choices=("fp32", "bf16"), default="fp32", help="of preference models")
     g("--reward-batch", type=COUNT, default=32, help="pictures at a time in a preference model")
     g("--reward-offload", action="store_true", help="preference models wait on the CPU between scorings")
     g("--watch", default="auto", help="rewards to measure only; auto: ocr, colour, motion where all prompts allow")
-    g("--fusion-beta", type=NOT_NEGATIVE, default=1.0, help="beta of Eq. 3; 0 = plain mean (paper: 1)")
-    normalised = "over the nodes of a depth (Eq. 4), or by the prompt's leaves as in GRPO"
-    g("--advantage", choices=("depth", "group"), default="depth", help=normalised)
-    g("--adv-clip", type=POSITIVE, default=5.0, help="A_max (DanceGRPO: 5)")
+    g("--fusion-beta", type=NOT_NEGATIVE, help="beta of Eq. 3; 0 is the plain mean")
+    rules = "what an edge is compared with: the nodes of its depth (Eq. 4), the leaves as in GRPO, or its siblings"
+    g("--advantage", choices=ADVANTAGES, default="depth", help=rules)
+    g("--adv-clip", type=POSITIVE, help="A_max, to which advantages are clipped")
     g("--loss-weight", choices=("edge", "path"), default="edge", help="see branchgrpo.flatten_edges (paper: edge)")
-    g("--clip", type=SHARE, default=1e-4, help="clip range of the ratio (DanceGRPO: 1e-4)")
-    g("--kl", type=NOT_NEGATIVE, default=0.0, help="weight of the KL to the untrained model (Flux: 0)")
-    g("--timestep-fraction", type=SHARE, default=1.0, help="share of stochastic steps trained (DanceGRPO: .6, 1)")
-    g = p.add_argument_group("optimisation").add_argument
-    g("--iterations", type=FROM_ZERO, default=400, help="0 only evaluates (paper: 300)")
-    g("--prompts-per-iteration", type=COUNT, default=4, help="over all processes")
-    g("--updates", type=COUNT, default=1, help="optimiser steps an iteration; 1 is exactly on-policy")
-    g("--lr", type=POSITIVE, default=7e-5, help="AdamW (paper: 1e-5 full, field: 3e-4 LoRA)")
-    g("--lr-end", type=number(float, 0, 1), default=0.0, help="share of --lr left at the end, linear (paper: 1)")
-    g("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="AdamW (paper: 1e-4)")
-    g("--max-grad-norm", type=NOT_NEGATIVE, default=1.0, help="0 = no clipping (field: 1; .01 cures collapses)")
-    g("--ema", type=BELOW_ONE, default=0.0, help="decay of the weights evaluated and saved; 0 = off (paper: .995)")
+    g("--clip", type=FRACTION, help="clip range of the ratio")
+    g("--kl", type=NOT_NEGATIVE, help="weight of the KL to the untrained model")
+    g(
+        "--timestep-fraction",
+        type=FRACTION,
+        default=1.0,
+        help="fraction of stochastic steps trained (DanceGRPO: 0.6, 1)",
+    )
+
+
+def add_optimisation_flags(g) -> None:
+    """Iterations, optimiser steps, rates."""
+    g("--iterations", type=FROM_ZERO, help="0 only evaluates")
+    g("--prompts-per-iteration", type=COUNT, help="over all processes")
+    g("--updates", type=COUNT, default=1, help="optimiser steps per iteration; 1 is exactly on-policy")
+    g(
+        "--updates-by",
+        choices=("prompts", "parents"),
+        default="prompts",
+        help="what the optimiser steps of an iteration divide among them",
+    )
+    g(
+        "--lr",
+        type=POSITIVE,
+        help="AdamW; default: tuned for the embedded model, else 1e-5 (paper), with --lora 3e-4 (Flow-GRPO)",
+    )
+    g("--lr-end", type=number(float, 0, 1), help="fraction of --lr left at the end, falling linearly; 1 is constant")
+    g("--weight-decay", type=NOT_NEGATIVE, help="AdamW")
+    g("--max-grad-norm", type=NOT_NEGATIVE, help="0 is no clipping (0.01 cures collapses)")
+    g("--ema", type=BELOW_ONE, help="decay of the averaged weights, which are evaluated and saved; 0 is off")
 
 
 # ------------------------------------------------------------------------------------------------------------- resolve
-def resolve_tree(args) -> None:
+def resolve(args) -> None:
+    """Check all flags and fill in what was left open, before any long work.
+
+    Raises:
+        ValueError: one sentence: the flag, the value, what is allowed.
+    """
+    embedded = is_embedded(args)
+    tuned = f"tuned on tiny/{kind_of(args)}"
+
+    # What stands in the table.
+    for name, default in (PAPER_VIDEO if hasattr(args, "frames") else PAPER_IMAGE).items():
+        same = default.embedded == default.other
+        fill(args, name, *((default.embedded, tuned) if embedded and not same else (default.other, default.source)))
+
+    # What follows from other flags.
+    resolve_tree(args, embedded, tuned)
+    resolve_step(args, embedded, tuned)
+    if embedded:
+        fill(args, "lr", TUNED_LR[kind_of(args)], tuned)
+    fill(args, "lr", 3e-4 if args.lora else 1e-5, "follows from --lora (Flow-GRPO)" if args.lora else "the paper")
+    check(args)
+
+
+def resolve_tree(args, embedded: bool, tuned: str) -> None:
     """Decide method, splits, leaves and windows from what was given; explicit --splits win and imply the leaves."""
     pruned = args.depth_prune is not None or args.width_prune is not None
-    if args.method is None:
-        args.method = "branchgrpo" if pruned and args.mix is None else "branchgrpo-mix"
-    elif args.method == "branchgrpo" and args.mix is not None:
+
+    # The method. Pruning drops steps after the splits, of which the tuned Mix trains none: with it every step is noisy.
+    if args.method == "branchgrpo" and args.mix is not None:
         raise ValueError("--mix goes with --method branchgrpo-mix or mixgrpo, not with branchgrpo")
+    if args.mix is not None:
+        fill(args, "method", "branchgrpo-mix", "follows from --mix")
+    if embedded and not pruned:
+        fill(args, "method", "branchgrpo-mix", tuned)
+    fill(args, "method", "branchgrpo", "follows from --*-prune" if embedded else "the paper")
+
+    # Flags that the method has no use for are a contradiction.
     if args.method not in TREES:
         for name in TREE_FLAGS:
             if getattr(args, name) is not None:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} does not go with --method {args.method}: its tree is fixed"
-                )
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} does not go with --method {args.method}: its tree is fixed")
     if args.mix is not None and args.method not in WINDOWED:
         raise ValueError(f"--mix does not go with --method {args.method}, which has no window")
-    args.branch = 2 if args.branch is None else args.branch
-    args.roots = 1 if args.roots is None else args.roots
-    args.branch_noise = 4.0 if args.branch_noise is None else args.branch_noise
+
+    # The tree: K, roots, and splits in the first half of the steps, enough for the leaves.
+    for name, value in (("branch", 2), ("roots", 1), ("branch_noise", 4.0)):
+        fill(args, name, value, "the paper")
     if args.method in TREES:
-        args.splits = (
-            spread_splits(args.steps, args.branch, args.leaves or 16, args.roots)
-            if args.splits is None
-            else args.splits
-        )
+        if args.splits is None:
+            splits = spread_splits(args.steps, args.branch, args.leaves or 16, args.roots)
+            fill(args, "splits", splits, "follows from --steps, --branch and --leaves")
         leaves = make_forest(args.steps, args.branch, args.splits, args.roots).leaves
         if args.leaves not in (None, leaves):
             made = f"{len(args.splits)} splits make {args.roots} x {args.branch}^{len(args.splits)} = {leaves}"
             raise ValueError(f"--leaves {args.leaves} does not go with the tree: {made}")
-        args.leaves = leaves
-    args.leaves = args.leaves or 16
-    args.mix = default_mix(args) if args.mix in (None, BARE) else args.mix
-    args.depth_prune = round(args.steps / 4) if args.depth_prune == BARE else args.depth_prune
+        fill(args, "leaves", leaves, "follows from --splits and --branch")
+    fill(args, "leaves", 16, "the paper")
+
+    # Windows. The paper's: a fifth of the steps is noisy, a quarter is dropped and moves every 30 iterations.
+    if args.mix == BARE:
+        args.mix = max(1, round(args.steps / 5))
+    if args.method == "branchgrpo-mix" and embedded:
+        fill(args, "mix", 0, tuned)
+    if args.method in WINDOWED:
+        fill(args, "mix", max(1, round(args.steps / 5)), "the paper")
+    if args.depth_prune == BARE:
+        args.depth_prune = round(args.steps / 4)
+    if args.depth_prune is not None and not embedded:
+        fill(args, "depth_every", 30, "the paper")
     check_windows(args)
 
 
-def default_mix(args) -> int | None:
-    """The mix window where no value was given: none for branchgrpo-mix without --mix (tuned), else the paper's fifth."""
-    if args.method not in WINDOWED:
-        return None
-    return 0 if args.mix is None and args.method == "branchgrpo-mix" else max(1, round(args.steps / 5))
+def resolve_step(args, embedded: bool, tuned: str) -> None:
+    """Decide the kind of stochastic step and its noise strength."""
+    if embedded and args.method == "branchgrpo-mix":
+        fill(args, "sde", "cps", tuned)
+    fill(args, "sde", "dance" if args.method in DANCE_STEPS else "flow", "follows from --method")
+    if embedded:
+        all_noisy = args.method in ("branchgrpo", "dancegrpo", "flowgrpo")
+        fill(args, "eta", TUNED_ETA.get(args.sde, (0.3, 0.3))[all_noisy], tuned)
+    fill(args, "eta", PUBLISHED_ETA.get(args.sde, 0.3), "follows from --sde, as published")
 
 
 def check_windows(args) -> None:
@@ -236,43 +469,32 @@ def check_windows(args) -> None:
     if args.flash and args.flash >= args.steps:
         raise ValueError(f"--flash must be below --steps ({args.steps}), got {args.flash}")
     if isinstance(args.width_prune, int) and not 1 <= args.width_prune <= args.leaves // 2:
-        raise ValueError(
-            f"--width-prune extreme-B needs 1 <= B <= leaves / 2 = {args.leaves // 2}, got {args.width_prune}"
-        )
+        limit = f"leaves / 2 = {args.leaves // 2}"
+        raise ValueError(f"--width-prune extreme-B needs 1 <= B <= {limit}, got {args.width_prune}")
 
 
-TUNED_ETA = {"dance": (1.6, 0.7), "flow": (0.7, 0.7), "cps": (0.7, 0.7)}  # few noisy steps, all of them
-
-
-def resolve(args) -> None:
-    """Check all flags and fill in what was left open, before any long work.
+def check(args) -> None:
+    """Flags that contradict each other or need what is not installed.
 
     Raises:
-        ValueError: one sentence: the flag, the value, what is allowed.
+        ValueError: one sentence.
     """
-    resolve_tree(args)
-    published = "dance" if args.method in DANCE_STEPS else "flow"
-    args.sde = args.sde or ("cps" if args.method == "branchgrpo-mix" else published)
-    if args.eta is None:
-        all_noisy = args.method in ("branchgrpo", "dancegrpo", "flowgrpo")
-        args.eta = TUNED_ETA.get(args.sde, (0.3, 0.3))[all_noisy]
     if args.sde == "cps" and args.eta >= 1:
         raise ValueError(f"--eta must lie between 0 and 1 for --sde cps, got {args.eta}")
     if args.cps_density == "upstream" and args.sde != "cps":
         raise ValueError(f"--cps-density upstream goes with --sde cps, not {args.sde}")
-    if args.prompts_per_iteration % args.updates:
-        raise ValueError(
-            f"--updates must divide --prompts-per-iteration ({args.prompts_per_iteration}), got {args.updates}"
-        )
+    if args.updates_by == "prompts" and args.prompts_per_iteration % args.updates:
+        prompts = f"--prompts-per-iteration ({args.prompts_per_iteration})"
+        raise ValueError(f"--updates must divide {prompts}, or take --updates-by parents; got {args.updates}")
+
     weights = parse_weights(args.reward)
     if not any(weights.values()):
         raise ValueError(f"--reward needs a reward with a weight other than 0, got {args.reward!r}")
     if args.watch != "auto":
         parse_weights(args.watch)
-    for asked, flag, package in (
-        (args.tracker == "wandb", "--tracker wandb", "wandb"),
-        (args.nf4, "--nf4", "bitsandbytes"),
-    ):
+
+    packages = ((args.tracker == "wandb", "--tracker wandb", "wandb"), (args.nf4, "--nf4", "bitsandbytes"))
+    for asked, flag, package in packages:
         if asked and not args.plan and find_spec(package) is None:
             raise ValueError(f"{flag}: pip install {package}")
     if args.nf4 and not args.lora:
@@ -283,19 +505,41 @@ def resolve(args) -> None:
         raise ValueError("no step would be noisy, so none trained: give --splits, --mix or fewer --roots")
 
 
+# ------------------------------------------------------------------------------------------------------------- describe
+def unpruned_command(args) -> str:
+    """The same run without pruning: what pruning also decided is given explicitly, so that nothing else changes."""
+    argv = ["python", f"train_{'video' if hasattr(args, 'frames') else 'image'}.py"]
+    fixed = ("method", "sde", "eta")
+    for name, value in vars(args).items():
+        if name in (*PRUNE_FLAGS, "out", "resume") or not (args.origin.get(name) == "given" or name in fixed):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            argv.append(flag if value else f"--no-{name}")
+        else:
+            argv += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(argv)
+
+
 def describe(args, prompts: list[str], heldout: list[str]) -> str:
-    """The resolved options and the derived counts with their formula, as printed at the start."""
-    n = count(schedule_of(args, 0).forest)
-    p = args.prompts_per_iteration
-    rows = [f"  --{k.replace('_', '-'):<22} {v}" for k, v in sorted(vars(args).items()) if v is not None]
+    """The resolved options with their origin, and the derived counts with their formula, as printed at the start."""
+    options = {name: value for name, value in vars(args).items() if value is not None and name != "origin"}
+    rows = []
+    for name, value in sorted(options.items()):
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        rows.append(f"  --{name.replace('_', '-'):<22} {shown:<24} {args.origin.get(name, '')}".rstrip())
+
+    n, p = count(schedule_of(args, 0).forest), args.prompts_per_iteration
     rows += [
         f"prompts        {len(prompts)} to train on, {len(heldout)} held out",
-        f"leaves         {p} prompts x {n['leaves']} = {p * n['leaves']} an iteration",
-        f"nodes          {p} x {n['nodes']}, edges {p} x {n['edges']} (sums over depths of nodes a depth)",
+        f"leaves         {p} prompts x {n['leaves']} = {p * n['leaves']} per iteration",
+        f"nodes          {p} x {n['nodes']}, edges {p} x {n['edges']} (sums over depths of the nodes per depth)",
         f"forwards       {p} x {n['forwards']} = {p * n['forwards']} (every node but the leaves)",
         f"trained edges  {p} x {n['trainable']} of {n['trained_parents']} parents, before pruning, at iteration 0",
         f"updates        {args.iterations} iterations x {args.updates} = {args.iterations * args.updates}",
     ]
     if args.updates == 1:
         rows.append("on-policy      with --updates 1 every ratio is 1 and nothing is ever clipped")
+    if args.width_prune is not None or args.depth_prune is not None:
+        rows.append(f"unpruned       {unpruned_command(args)}")
     return "\n".join(rows)

@@ -1,10 +1,15 @@
-"""The training loop that images and video share.
+"""What happens in training, for images and video alike.
 
-Each iteration: 1. take the next prompts, 2. roll out their forests, 3. decode the leaves and score them, 4. credit and prune,
-5. update, 6. log; now and then evaluate on held-out prompts (ODE, fixed noise) and save a checkpoint.
+Each iteration: 1. take the next prompts, 2. roll out their forests, 3. decode the leaves and score them, 4. credit and
+prune, 5. update, 6. log. Now and then the policy is evaluated on held-out prompts (an ODE from fixed noises) and a
+checkpoint is saved.
 
-Everything random is keyed by (seed, iteration, prompt slot), so a killed run resumes bit for bit on the CPU, and but for
-rounding the result does not depend on the number of processes. Direction of time: as in sde.py.
+1. evaluate     held-out prompts and noises, always the same, so that curves of different runs can be paired
+2. iterate      one iteration: rollout, reward, credit, update; returns its row of metrics (docs/metrics.md)
+3. train        all iterations, with evaluations, checkpoints and logs in between
+
+Everything random is keyed by (seed, iteration, prompt slot). So a killed run resumes bit for bit on the CPU, and but
+for rounding the result does not depend on the number of processes. Direction of time: as in sde.py.
 """
 
 import resource
@@ -20,16 +25,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards as R
-from branchgrpo import Rollout, credit, flatten_edges, generators, prune, rollout, sample_ode, update
+from branchgrpo import (
+    Edges,
+    Rollout,
+    credit,
+    flatten_edges,
+    generators,
+    prune,
+    rollout,
+    sample_ode,
+    split_parents,
+    update,
+)
 from checkpoint import Log, Run, save_checkpoint
 from prompts import own_prompts
 from schedules import schedule_of
-from tree import Forest, count, effective_leaves
+from tree import EQUAL, Forest, count, effective_leaves
 
-EVAL_KEY = 2**31  # the held-out noises are the same for every seed: runs are paired
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
+EVAL_KEY = 2**31  # keys the held-out noises; the same for every seed, so runs are paired
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -39,29 +52,40 @@ def score(run: Run, pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     Raises:
         CannotScore: on every process at once: one that stopped alone would leave the others waiting.
     """
-    scores, failed = {}, None
+    scores, error = {}, None
     try:
         scores = R.score(run.rewards, pictures, prompts)
-    except R.CannotScore as error:
-        failed = str(error)
-    for why in filter(None, gather_object([failed])):
-        raise R.CannotScore(why)
+    except R.CannotScore as raised:
+        error = str(raised)
+
+    # Every process learns of every error, whoever had it.
+    for message in filter(None, gather_object([error])):
+        raise R.CannotScore(message)
     return scores
 
 
 @torch.no_grad()
 def generate(run: Run, numbers: range) -> tuple[list[str], dict[str, Tensor], Tensor]:
-    """Held-out prompts and noises of these numbers, ODE, EMA weights where EMA is on: prompts, scores (n,), pictures (n, ...)."""
+    """Held-out pairs of these numbers, by the ODE, with the EMA weights where EMA is on.
+
+    Returns:
+        prompts, scores (n,) by name, and pictures (n, ...).
+    """
     args, acc = run.args, run.accelerator
+
+    # Pair i is prompt i, in turns, with a noise of its own.
     prompts = [run.heldout[i % len(run.heldout)] for i in numbers]
+    noise = torch.stack([torch.randn(run.policy.latent_shape, generator=g) for g in generators(EVAL_KEY, 0, numbers)])
+
+    # The averaged weights take the place of the trained ones for the walk, and give it back.
     if run.ema:
         run.ema.store(run.policy.trainable())
         run.ema.copy_to(run.policy.trainable())
-    noise = torch.stack([torch.randn(run.policy.latent_shape, generator=g) for g in generators(EVAL_KEY, 0, numbers)])
     cond = run.policy.encode(prompts)
     latents = sample_ode(run.policy, cond, run.sampler(), noise.to(acc.device), args.micro_batch)
     if run.ema:
         run.ema.restore(run.policy.trainable())
+
     pictures = run.policy.decode(latents)
     return prompts, score(run, pictures, prompts), pictures
 
@@ -70,16 +94,23 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
     """`--eval-size` held-out prompt-noise pairs, always the same.
 
     Returns:
-        means (heldout_reward, heldout_exact, heldout_NAME), and the first `show` pictures (show, 3, H, W). heldout_exact is
-        the share of pictures whose ocr score is 1, absent without ocr.
+        means (heldout_reward, heldout_exact, heldout_NAME), and the first `show` pictures (show, 3, H, W).
+        heldout_exact is the fraction of pictures whose ocr score is 1, absent without ocr.
     """
     acc, size = run.accelerator, run.args.eval_size
-    share = -(-size // acc.num_processes)  # of each process alike: the last may walk a few numbers too many
-    numbers = range(acc.process_index * share, (acc.process_index + 1) * share)
+
+    # Every process takes equally many pairs, or the collective calls below would not match: of 10 pairs on 4 processes
+    # each takes 3, and the last two numbers, 10 and 11, are walked but not counted.
+    per_process = -(-size // acc.num_processes)
+    numbers = range(acc.process_index * per_process, (acc.process_index + 1) * per_process)
     _, scores, pictures = generate(run, numbers)
-    rows = gather_object([{name: float(scores[name][j]) for name in scores} for j, i in enumerate(numbers) if i < size])
+
+    # One row of scores per counted pair, from all processes.
+    own_rows = [{name: float(scores[name][j]) for name in scores} for j, i in enumerate(numbers) if i < size]
+    rows = gather_object(own_rows)
     means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
     shown = acc.gather((pictures[:show] * 255).round().byte().to(acc.device))[: min(show, size)].cpu() / 255
+
     result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
     if "ocr" in means:
         result["heldout_exact"] = float(np.mean([row["ocr"] == 1 for row in rows]))
@@ -87,8 +118,195 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------------------- iteration
+def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tensor]) -> tuple[Tensor, Tensor, list]:
+    """Credit from the scores of all leaves.
+
+    --reward-mix reward: the credit of the weighted sum of rewards. advantage: the weighted sum of each reward's own
+    advantages, clipped again, so that no reward wins by its scale; leaves are then ranked by their sum.
+
+    Returns:
+        the weighted rewards (P, leaves), what pruning ranks leaves by (P, leaves), and the advantages, T tensors
+        (P, n_{i+1}).
+    """
+    args = run.args
+    by_name = {name: s.unflatten(0, (-1, forest.leaves)) for name, s in scores.items()}  # (P, leaves) each
+    rewards = R.weighted_sum(by_name, run.weights)
+    options = (args.fusion_beta, args.adv_clip, args.advantage)
+    if args.reward_mix == "reward":
+        return rewards, rewards, credit(out, forest, rewards, *options)
+
+    # One credit per reward, then their weighted sum, edge by edge.
+    credits = [(w, credit(out, forest, by_name[name], *options)) for name, w in run.weights.items()]
+    summed = [sum(w * a[i] for w, a in credits).clamp(-args.adv_clip, args.adv_clip) for i in range(forest.steps)]
+    return rewards, summed[-1], summed
 
 
+def minibatches(run: Run, iteration: int, edges_of, prompts: int) -> list[Edges]:
+    """The edges of each of the iteration's --updates optimiser steps.
+
+    --updates-by prompts gives each step some of the prompts, with all their edges. parents gives each step a random
+    subset of the trained parents of all prompts, so that one prompt per process can make several steps.
+
+    Args:
+        edges_of: flattens the edges of the prompts whose indices it is given.
+        prompts: of this process.
+    """
+    args = run.args
+    if args.updates_by == "prompts":
+        return [edges_of(rows) for rows in torch.arange(prompts).chunk(args.updates)]
+    seed = [args.seed, iteration, 3, run.accelerator.process_index]  # 3: this stream; schedules have 1, prompts 2
+    return split_parents(edges_of(torch.arange(prompts)), args.updates, seed)
+
+
+def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
+    """One iteration: roll out, score, credit, prune, update; returns its row of metrics, and what histograms show."""
+    args, acc, policy = run.args, run.accelerator, run.policy
+    schedule, lap = schedule_of(args, iteration), stopwatch(acc.device)
+    sampler, forest = run.sampler(schedule.sigmas), schedule.forest
+
+    # 1. The prompts of this process, and their slots in the iteration, which key their noise.
+    prompts = own_prompts(args, acc, run.prompts, iteration)
+    slots = range(args.prompts_per_iteration)[acc.process_index :: acc.num_processes]
+    cond = policy.encode(prompts)
+
+    # 2. Roll out a forest for each.
+    store = "cpu" if args.tree_offload else None
+    rng = generators(args.seed, iteration, slots)
+    out = rollout(policy, cond, forest, sampler, rng, args.micro_batch, store=store)
+    row = {"seconds_rollout": lap()}
+
+    # 3. Decode the leaves and score them; the leaves of a prompt are adjacent.
+    pictures = policy.decode(out.latents[-1].flatten(0, 1))
+    row["seconds_decode"] = lap()
+    scores = score(run, pictures, [p for p in prompts for _ in range(forest.leaves)])
+    row["seconds_reward"] = lap()
+
+    # 4. Credit every edge from the leaves below it, then choose the edges to train.
+    leaf_rewards, ranking, advantages = credit_leaves(run, out, forest, scores)
+    keep = prune(forest, ranking, args.width_prune, schedule.depth_window, schedule.trained_steps)
+
+    # 5. Update. The rate falls linearly from --lr to --lr-end of it.
+    row["lr"] = args.lr * (1 - (1 - args.lr_end) * iteration / args.iterations)
+    for group in run.optimizer.param_groups:
+        group["lr"] = row["lr"]
+
+    def edges_of(rows: Tensor) -> Edges:
+        return flatten_edges(out, forest, keep, advantages, rows, args.loss_weight, schedule.step_weight)
+
+    stats = []
+    for edges in minibatches(run, iteration, edges_of, len(prompts)):
+        stats.append(update(policy, run.optimizer, acc, edges, cond, sampler, args))
+        if run.ema:
+            run.ema.step(policy.trainable())
+    row["seconds_train"] = lap()
+
+    # 6. What is logged. Of several optimiser steps the mean; ratio_dev of the first, where it must be rounding alone.
+    trained = [s for s in stats if s]
+    row |= {name: float(np.mean([s[name] for s in trained])) for name in (trained[0] if trained else {})}
+    row |= {"ratio_dev": stats[0]["ratio_dev"]} if stats[0] else {}
+    row |= rollout_metrics(run, out, forest, keep, leaf_rewards, scores)
+    return row, {"leaf_rewards": leaf_rewards, "advantages": torch.cat(advantages, 1)}
+
+
+def rollout_metrics(run: Run, out: Rollout, forest: Forest, keep, leaf_rewards: Tensor, scores) -> dict[str, float]:
+    """The metrics of an iteration beside those of its updates: rewards of all processes, counts, memory."""
+    args, acc = run.args, run.accelerator
+    rewards = acc.gather(leaf_rewards.to(acc.device))  # (P of all processes, leaves)
+    spread = rewards.std(1, correction=0)
+    counts = count(forest, keep)
+    return {
+        "reward_mean": rewards.mean().item(),
+        "reward_std": spread.mean().item(),
+        "prompts_without_spread": int((spread < EQUAL).sum()),
+        "effective_leaves": effective_leaves(out.path_logp(forest), forest, args.fusion_beta).mean().item(),
+        "leaves": forest.leaves,
+        "trained_edges": counts["trainable"] * args.prompts_per_iteration,
+        "nfe": (counts["forwards"] + counts["trained_parents"]) * args.prompts_per_iteration,
+        "peak_gib": peak_gib(acc.device),
+    } | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def train(run: Run) -> None:
+    """All iterations that are left; evaluates first, at every --eval-every, and last; saves at --save-every and last.
+
+    Raises:
+        NonFinite, CannotScore: the run stops; the last good checkpoint stays.
+    """
+    args, log = run.args, Log(run)
+
+    # A run that begins is evaluated untrained, and its pictures are kept for before_after.png.
+    if not run.history:
+        lap = stopwatch(run.accelerator.device)
+        scores, run.pictures = evaluate(run)
+        log.write({"iteration": 0, **scores, "seconds_eval": lap()}, strip(run.pictures))
+        if log.main:
+            save_file({"pictures": run.pictures.contiguous()}, run.out / "before.safetensors")
+
+    bar = tqdm(total=args.iterations, initial=run.iteration, desc=args.method, file=sys.stderr, disable=not log.main)
+    heldout = [row["heldout_reward"] for row in run.history if "heldout_reward" in row][-1]
+    for iteration in range(run.iteration, args.iterations):
+        row, histograms = iterate(run, iteration)
+        row, pictures = {"iteration": iteration + 1} | row, None
+        run.iteration = iteration + 1
+        warn_without_spread(run, row)
+
+        last = run.iteration == args.iterations
+        if last or run.iteration % args.eval_every == 0:
+            lap = stopwatch(run.accelerator.device)
+            scores, run.pictures = evaluate(run)
+            pictures, heldout = strip(run.pictures), scores["heldout_reward"]
+            row |= scores | {"seconds_eval": lap()}
+
+        # The row is written before the checkpoint, which keeps all rows up to its iteration.
+        log.write(row, pictures, histograms)
+        if last or run.iteration % args.save_every == 0:
+            save_checkpoint(run)
+        bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{heldout:.3f}")
+        bar.update()
+    bar.close()
+
+    if log.main:
+        log.tracker.finish()
+    if run.pictures is None:  # a finished run, resumed
+        run.pictures = evaluate(run)[1]
+
+
+def warn_without_spread(run: Run, row: dict) -> None:
+    """Say once per run that an iteration could teach nothing, because each of its prompts had equal rewards."""
+    prompts = run.args.prompts_per_iteration
+    earlier = any(r.get("prompts_without_spread") == prompts for r in run.history)
+    if row["prompts_without_spread"] == prompts and not earlier and run.accelerator.is_main_process:
+        tqdm.write(
+            f"iteration {row['iteration']}: all leaves of each prompt had equal rewards, so nothing was learnt."
+            " If this goes on, choose a reward that tells these pictures apart. (This is said once.)",
+            file=sys.stderr,
+        )
+
+
+def summary(run: Run) -> dict:
+    """The final JSON document: held-out scores before and after, seconds, model evaluations, where the files are."""
+    evaluated = [row for row in run.history if "heldout_reward" in row]
+    first, last, rows = evaluated[0], evaluated[-1], run.history[1:]
+    seconds = sum(value for row in run.history for name, value in row.items() if name.startswith("seconds_"))
+
+    document = {"reward_before": first["heldout_reward"], "reward_after": last["heldout_reward"]}
+    if "heldout_exact" in first:
+        document |= {"exact_before": first["heldout_exact"], "exact_after": last["heldout_exact"]}
+    for name in run.rewards:
+        document |= {f"{name}_before": first[f"heldout_{name}"], f"{name}_after": last[f"heldout_{name}"]}
+    return document | {
+        "seconds": round(seconds, 2),
+        "nfe": sum(row["nfe"] for row in rows),
+        "iterations": run.iteration,
+        "leaves": rows[-1]["leaves"] if rows else run.args.leaves,
+        "trained_edges": rows[-1]["trained_edges"] if rows else 0,
+        "out": str(run.out),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------
+# measures
 def strip(pictures: Tensor, n: int = 3) -> Tensor:
     """Videos (B, F, 3, H, W) as n of their frames side by side, (B, 3, H, n W); pictures (B, 3, H, W) as they are."""
     return pictures if pictures.ndim == 4 else R.sampled_frames(pictures, n).permute(0, 2, 3, 1, 4).flatten(3)
@@ -100,7 +318,7 @@ def stopwatch(device: torch.device):
 
     def lap() -> float:
         nonlocal last
-        if device.type == "cuda":
+        if device.type == "cuda":  # a GPU works on after a call has returned
             torch.cuda.synchronize(device)
         before, last = last, time.perf_counter()
         return last - before
@@ -115,127 +333,3 @@ def peak_gib(device: torch.device) -> float:
     if (status := Path("/proc/self/status")).exists():  # getrusage's starts at that of the process it was forked from
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
-
-
-def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tensor]) -> tuple[Tensor, list, list]:
-    """The weighted rewards (P, leaves), and credit from them: fused rewards, which pruning ranks, and advantages.
-
-    --reward-mix reward: the credit of the weighted sum of rewards. advantage: the weighted sum of each reward's own
-    advantages, clipped again, so that no reward wins by its scale; leaves are then ranked by their sum.
-    """
-    args, each = run.args, {name: s.unflatten(0, (-1, forest.leaves)) for name, s in scores.items()}  # (P, leaves)
-    rewards = R.weighted_sum(each, run.weights)
-    how = (args.fusion_beta, args.adv_clip, args.advantage == "group")
-    if args.reward_mix == "reward":
-        return rewards, rewards, credit(out, forest, rewards, *how)
-    parts = [(w, credit(out, forest, each[name], *how)) for name, w in run.weights.items()]
-    summed = [sum(w * a[i] for w, a in parts).clamp(-args.adv_clip, args.adv_clip) for i in range(forest.steps)]
-    return rewards, summed[-1], summed
-
-
-def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
-    """One iteration: roll out, score, credit, prune, update; returns its row of metrics, and what histograms show."""
-    args, acc, policy = run.args, run.accelerator, run.policy
-    schedule, lap = schedule_of(args, iteration), stopwatch(acc.device)
-    sampler, forest, prompts = (
-        run.sampler(schedule.sigmas),
-        schedule.forest,
-        own_prompts(args, acc, run.prompts, iteration),
-    )
-    slots = range(args.prompts_per_iteration)[acc.process_index :: acc.num_processes]
-    cond = policy.encode(prompts)
-    store = "cpu" if args.tree_offload else None
-    out = rollout(policy, cond, forest, sampler, generators(args.seed, iteration, slots), args.micro_batch, store=store)
-    row = {"seconds_rollout": lap()}
-    pictures = policy.decode(out.latents[-1].flatten(0, 1))
-    row["seconds_decode"] = lap()
-    scores = score(run, pictures, [p for p in prompts for _ in range(forest.leaves)])
-    row["seconds_reward"] = lap()
-
-    leaf_rewards, ranking, advantages = credit_leaves(run, out, forest, scores)
-    keep = prune(forest, ranking, args.width_prune, schedule.depth, schedule.trained_steps)
-    row["lr"] = args.lr * (1 - (1 - args.lr_end) * iteration / args.iterations)
-    for group in run.optimizer.param_groups:
-        group["lr"] = row["lr"]
-    stats = []
-    for part in torch.arange(len(prompts)).chunk(args.updates):
-        edges = flatten_edges(out, forest, keep, advantages, part, args.loss_weight, schedule.step_weight)
-        stats.append(update(policy, run.optimizer, acc, edges, cond, sampler, args))
-        if run.ema:
-            run.ema.step(policy.trainable())
-    row["seconds_train"] = lap()
-
-    counts = count(forest, keep)
-    everywhere = acc.gather(leaf_rewards.to(acc.device))
-    row |= {k: float(np.mean([s[k] for s in stats])) for k in stats[0]} | {"ratio_dev": stats[0]["ratio_dev"]}
-    row |= {
-        "reward_mean": everywhere.mean().item(),
-        "reward_std": everywhere.std(1, correction=0).mean().item(),
-        "effective_leaves": effective_leaves(out.path_logp(forest), forest, args.fusion_beta).mean().item(),
-        "leaves": forest.leaves,
-        "trained_edges": counts["trainable"] * args.prompts_per_iteration,
-        "nfe": (counts["forwards"] + counts["trained_parents"]) * args.prompts_per_iteration,
-        "peak_gib": peak_gib(acc.device),
-    }
-    row |= {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
-    return row, {"leaf_rewards": leaf_rewards, "advantages": torch.cat(advantages, 1)}
-
-
-# ---------------------------------------------------------------------------------------------------------------- runs
-
-
-def train(run: Run) -> None:
-    """All iterations that are left; evaluates first, at every --eval-every, and last; saves at --save-every and last.
-
-    Raises:
-        NonFinite, CannotScore: the run stops; the last good checkpoint stays.
-    """
-    args, log = run.args, Log(run)
-    if not run.history:
-        lap = stopwatch(run.accelerator.device)
-        scores, run.pictures = evaluate(run)
-        log.write({"iteration": 0, **scores, "seconds_eval": lap()}, strip(run.pictures))
-        if run.accelerator.is_main_process:
-            save_file({"pictures": run.pictures.contiguous()}, run.out / "before.safetensors")
-    bar = tqdm(total=args.iterations, initial=run.iteration, desc=args.method, file=sys.stderr, disable=not log.main)
-    held = [r["heldout_reward"] for r in run.history if "heldout_reward" in r][-1]
-    for iteration in range(run.iteration, args.iterations):
-        row, histograms = iterate(run, iteration)
-        row, pictures = {"iteration": iteration + 1} | row, None
-        run.iteration = iteration + 1
-        last = run.iteration == args.iterations
-        if last or run.iteration % args.eval_every == 0:
-            lap = stopwatch(run.accelerator.device)
-            scores, run.pictures = evaluate(run)
-            pictures = strip(run.pictures)
-            row |= scores | {"seconds_eval": lap()}
-            held = scores["heldout_reward"]
-        log.write(row, pictures, histograms)
-        if last or run.iteration % args.save_every == 0:
-            save_checkpoint(run)
-        bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{held:.3f}")
-        bar.update()
-    bar.close()
-    if log.main:
-        log.tracker.finish()
-    if run.pictures is None:  # a finished run, resumed
-        run.pictures = evaluate(run)[1]
-
-
-def summary(run: Run) -> dict:
-    """The final JSON document: held-out scores before and after, seconds, model evaluations, where the files are."""
-    evaluated = [r for r in run.history if "heldout_reward" in r]
-    first, last, rows = evaluated[0], evaluated[-1], run.history[1:]
-    seconds = sum(v for r in run.history for k, v in r.items() if k.startswith("seconds_"))
-    document = {"reward_before": first["heldout_reward"], "reward_after": last["heldout_reward"]}
-    document |= {"exact_before": first.get("heldout_exact"), "exact_after": last.get("heldout_exact")}
-    for name in run.rewards:
-        document |= {f"{name}_before": first[f"heldout_{name}"], f"{name}_after": last[f"heldout_{name}"]}
-    return document | {
-        "seconds": round(seconds, 2),
-        "nfe": sum(r["nfe"] for r in rows),
-        "iterations": run.iteration,
-        "leaves": rows[-1]["leaves"] if rows else run.args.leaves,
-        "trained_edges": rows[-1]["trained_edges"] if rows else 0,
-        "out": str(run.out),
-    }

@@ -149,7 +149,7 @@ def tree(run, path: Path) -> None:
     scores = R.score(run.rewards, leaves, [prompt] * forest.leaves)
     pictures = [*(loop.strip(policy.decode(x[0])) for x in out.x0hat), loop.strip(leaves)]  # videos are large
     rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
-    keep = prune(forest, ranking, args.width_prune, schedule.depth, schedule.trained_steps)
+    keep = prune(forest, ranking, args.width_prune, schedule.depth_window, schedule.trained_steps)
     draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)
 
 

@@ -1,16 +1,29 @@
 """Every method of the field as a forest with a schedule; the trainer is the same for all of them.
 
-| method         | roots  | splits              | K      | stochastic steps                              | siblings share |
-|----------------|--------|---------------------|--------|-----------------------------------------------|----------------|
-| branchgrpo     | 1      | 0,3,6,9 of 20       | 2      | all                                           | noise, s = 4   |
-| branchgrpo-mix | 1      | 0,3,6,9             | 2      | splits + a sliding window of --mix steps (0)  | noise, s = 4   |
-| dancegrpo      | 1      | 0                   | leaves | all                                           | initial noise  |
-| flowgrpo       | leaves | none                | -      | all                                           | nothing        |
-| mixgrpo        | 1      | the window's first  | leaves | a window that slides over training            | ODE prefix     |
-| flowgrpo-fast  | 1      | one random step     | leaves | that step and the next                        | ODE prefix     |
-| tempflow       | 1      | one random step     | leaves | that step; loss weight std_i, mean 1 over i   | ODE prefix     |
+Idea: methods differ in how many initial noises a prompt has, where trajectories branch, and which steps draw noise.
+Those
+three things are a Forest (tree.py), so each method is one function from the iteration to a forest.
+
+| method         | roots  | splits             | K      | stochastic steps                           | siblings share |
+|----------------|--------|--------------------|--------|--------------------------------------------|----------------|
+| branchgrpo     | 1      | 0,3,6,9 of 20      | 2      | all                                        | noise, s = 4   |
+| branchgrpo-mix | 1      | 0,3,6,9            | 2      | splits + a sliding window of --mix steps   | noise, s = 4   |
+| dancegrpo      | 1      | 0                  | leaves | all                                        | initial noise  |
+| flowgrpo       | leaves | none               | -      | all                                        | nothing        |
+| mixgrpo        | 1      | the window's first | leaves | a window that slides over training         | ODE prefix     |
+| flowgrpo-fast  | 1      | one random step    | leaves | that step and the next                     | ODE prefix     |
+| tempflow       | 1      | one random step    | leaves | that step; loss weight std_i, of mean 1    | ODE prefix     |
+
+1. METHODS        method -> the forest of an iteration
+2. schedule_of    that forest with all that changes over training: noise levels, trained steps, depth window, loss
+weights
 
 Direction of time: step 0 is the noisiest. An iteration is one rollout of all its prompts; windows slide with it.
+
+Departures: where a method's code draws a random choice for each sample, here it is drawn once per iteration, so that
+all
+forests of an iteration are regular and one batch. Everything is a function of options, seed and iteration, so a resumed
+run draws the same.
 """
 
 from dataclasses import dataclass, field
@@ -22,20 +35,9 @@ from sde import sigma_schedule, step_moments
 from tree import Forest, depth_window_range, make_forest, window_start
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """What one iteration does: forest, noise levels, steps that may be trained, depth window (start, width), loss factors."""
-
-    forest: Forest
-    sigmas: torch.Tensor = field(compare=False)
-    trained_steps: frozenset[int]
-    depth: tuple[int, int] | None
-    step_weight: list[float] | None
-
-
 # ------------------------------------------------------------------------------------------- a forest for each method
 def mix_window(args, iteration: int, last_start: int) -> range:
-    """The stochastic window of --mix steps: one later every --mix-every iterations, up to `last_start`."""
+    """The stochastic window of --mix steps: one step later every --mix-every iterations, up to `last_start`."""
     start = window_start(0, min(args.steps - args.mix, last_start), iteration, args.iterations, args.mix_every)
     return range(start, start + args.mix)
 
@@ -47,22 +49,24 @@ def branchgrpo(args, iteration: int, rng: np.random.Generator) -> Forest:
 
 def branchgrpo_mix(args, iteration: int, rng: np.random.Generator) -> Forest:
     """The paper's tree, stochastic at its splits and in the sliding window only."""
-    return make_forest(args.steps, args.branch, args.splits, args.roots, chosen=mix_window(args, iteration, args.steps))
+    window = mix_window(args, iteration, last_start=args.steps)
+    return make_forest(args.steps, args.branch, args.splits, args.roots, chosen=window)
 
 
 def dancegrpo(args, iteration: int, rng: np.random.Generator) -> Forest:
-    """Independent trajectories from one shared initial noise."""
+    """Independent trajectories from one shared initial noise: a split into all leaves at step 0."""
     return make_forest(args.steps, args.leaves, (0,))
 
 
 def flowgrpo(args, iteration: int, rng: np.random.Generator) -> Forest:
-    """Independent trajectories from initial noises of their own."""
+    """Independent trajectories from initial noises of their own: as many roots as leaves."""
     return make_forest(args.steps, 2, (), roots=args.leaves)
 
 
 def mixgrpo(args, iteration: int, rng: np.random.Generator) -> Forest:
     """A shared ODE prefix, then independent trajectories, stochastic inside the window only."""
-    window = mix_window(args, iteration, last_start=args.steps - 2)  # it starts with a split
+    # The window starts with a split, and the last step, which is deterministic, cannot be one.
+    window = mix_window(args, iteration, last_start=args.steps - 2)
     return make_forest(args.steps, args.leaves, (window.start,), chosen=window)
 
 
@@ -74,10 +78,11 @@ def flowgrpo_fast(args, iteration: int, rng: np.random.Generator) -> Forest:
 
 def tempflow(args, iteration: int, rng: np.random.Generator) -> Forest:
     """A shared ODE prefix to a random step, the only stochastic one."""
-    return make_forest(args.steps, args.leaves, (int(rng.integers(0, args.steps - 1)),), chosen=())
+    step = int(rng.integers(0, args.steps - 1))
+    return make_forest(args.steps, args.leaves, (step,), chosen=())
 
 
-METHODS = {  # name -> forest of an iteration
+METHODS = {  # --method -> the forest of an iteration
     "branchgrpo": branchgrpo,
     "branchgrpo-mix": branchgrpo_mix,
     "dancegrpo": dancegrpo,
@@ -91,36 +96,67 @@ WINDOWED = ("branchgrpo-mix", "mixgrpo")
 DANCE_STEPS = (*TREES, "dancegrpo")  # published with dance steps, the others with flow steps
 
 
-# ------------------------------------------------------------------------------------------------ a plan for an iteration
-def schedule_of(args, iteration: int) -> Schedule:
-    """The plan of one iteration, a function of the options, the seed and the iteration alone, so a resumed run agrees.
+# ----------------------------------------------------------------------------------------- the schedule of an iteration
+@dataclass(frozen=True)
+class Schedule:
+    """What one iteration does.
 
-    timestep_fraction f trains a random ceil(f n) of the n stochastic steps, drawn anew each iteration, the same for all
+    forest: its shape and its stochastic steps. sigmas: (T+1,) noise levels. trained_steps: the stochastic steps that
+    are
+    trained. depth_window: (start, width) of the steps that depth pruning drops, or None. step_weight: (T,) factors of
+    the
+    loss, or None for ones.
+    """
+
+    forest: Forest
+    sigmas: torch.Tensor = field(compare=False)
+    trained_steps: frozenset[int]
+    depth_window: tuple[int, int] | None
+    step_weight: list[float] | None
+
+
+def schedule_of(args, iteration: int) -> Schedule:
+    """The schedule of one iteration, a function of the options, the seed and the iteration alone.
+
+    timestep_fraction f trains a random ceil(f n) of the n stochastic steps, drawn anew in each iteration, the same for
+    all
     leaves (DanceGRPO draws for every sample, and rounds down).
     """
-    rng = np.random.default_rng([args.seed, iteration, 1])  # 1: this stream; prompts have 2
+    rng = np.random.default_rng([args.seed, iteration, 1])  # the last number is this stream's; that of prompts is 2
     forest = METHODS[args.method](args, iteration, rng)
-    tail = None
+
+    # A flash tail walks what follows the last noise in fewer steps: forest and noise levels are shortened together.
+    short_tail = None
     if args.flash:
         k, forest = forest.last_stochastic + 1, forest.with_tail(args.flash)
-        tail = (k, forest.steps - k)
+        short_tail = (k, forest.steps - k)
+    sigmas = sigma_schedule(args.steps, args.shift, short_tail)
+
+    # ceil(f n); the small number is there because 0.07 * 100, say, is 7.000000000000001 and would become 8.
     stochastic = [i for i in range(forest.steps) if forest.stochastic(i)]
     n = int(np.ceil(args.timestep_fraction * len(stochastic) - 1e-9))
     trained = frozenset(int(i) for i in rng.permutation(stochastic)[:n])
-    depth = None
+
+    # Depth pruning: the window slides from just after the last split towards the picture.
+    depth_window = None
     if args.depth_prune is not None:
         first, last = depth_window_range(forest, args.depth_prune, args.depth_stop)
-        depth = (window_start(first, last, iteration, args.iterations, args.depth_every), args.depth_prune)
-    sigmas = sigma_schedule(args.steps, args.shift, tail)
-    return Schedule(forest, sigmas, trained, depth, step_std_weights(args) if args.method == "tempflow" else None)
+        start = window_start(first, last, iteration, args.iterations, args.depth_every)
+        depth_window = (start, args.depth_prune)
+
+    step_weight = step_std_weights(args) if args.method == "tempflow" else None
+    return Schedule(forest, sigmas, trained, depth_window, step_weight)
 
 
 def step_std_weights(args) -> list[float]:
-    """TempFlow-GRPO's loss factors (arXiv:2508.04324): std_i over the steps 0..T-2, scaled to mean 1."""
+    """TempFlow-GRPO's loss factors (arXiv:2508.04324): std_i over the steps 0..T-2, scaled to mean 1; 0 for the
+    last."""
     sigmas = sigma_schedule(args.steps, args.shift)
+
+    # The std of a step does not depend on the latents, so zeros stand for them.
     zero = torch.zeros((), dtype=torch.float64)
-    pairs = [(sigmas[i], sigmas[i + 1]) for i in range(args.steps - 1)]
-    std = [step_moments(args.sde, zero, zero, a, b, args.eta, float(sigmas[1]))[1].item() for a, b in pairs]
+    levels = [(sigmas[i], sigmas[i + 1]) for i in range(args.steps - 1)]
+    std = [step_moments(args.sde, zero, zero, a, b, args.eta, float(sigmas[1]))[1].item() for a, b in levels]
     return [s * len(std) / sum(std) for s in std] + [0.0]
 
 

@@ -1,22 +1,33 @@
 """One denoising step as a Gaussian, and the noise that siblings share.
 
 Idea: a flow model is an ODE from noise to data, dx = v dsigma. An SDE with the same marginals turns every step into a
-draw from a Gaussian whose density we know, so a trajectory becomes a policy that GRPO can push up or down. The same as dt -> 0:
-in few steps dance and flow end noisier than sigma (T = 10, all steps noisy: 1.3 times at .7, dance 3.1 times at 1.6), cps never.
+draw from a Gaussian whose density we know:
 
-Direction of time: sigma_0 = 1 is pure noise, sigma_T = 0 is the picture; step i walks sigma_i -> sigma_{i+1}, so
-dt = sigma_{i+1} - sigma_i < 0. v = v_theta(x, sigma, prompt) points from data to noise.
+    x_{i+1} = mean(x_i) + std * xi,   xi ~ N(0, I)                                        Eq. 1, arXiv:2509.06040v5
 
-1. sigma_i        noise levels, shifted towards the noisy end          `sigma_schedule`
-2. mean, std      of x_{i+1} given x_i and v: dance, flow, cps or ode  `step_moments`
-3. log p          mean over dimensions of the Gaussian log-density     `gaussian_logp_mean`
-4. xi_b           noises of K siblings, correlated through s, Eq. 2    `branch_noise`
-5. the tail       after the last noise, an ODE in fewer, better steps  `second_order`
+So a trajectory becomes a sequence of actions whose log-probabilities GRPO can push up or down. docs/method.md derives
+the equations; here they are computed.
 
-Departures from the papers. The log-density is a MEAN over the D dimensions of a latent, the convention of DDPO,
-Flow-GRPO and DanceGRPO: with a sum every ratio would explode with D. CPS upstream drops the factor 1/(2 std^2) and the
-constants; here that is an option (`density="upstream"`) and the true density the default. The last step, to sigma_T = 0,
-is always `ode`: noise added there never reaches the reward.
+Direction of time: sigma_0 = 1 is pure noise, sigma_T = 0 is the picture. Step i walks sigma_i -> sigma_{i+1}, so
+dt = sigma_{i+1} - sigma_i < 0. The velocity v = v_theta(x, sigma, prompt) points from data to noise.
+
+1. sigma_i        noise levels, shifted towards the noisy end                  `sigma_schedule`
+2. mean, std      of x_{i+1} given x_i and v: dance, flow, cps or ode          `step_moments`
+3. log p          mean over dimensions of the Gaussian log-density             `gaussian_logp_mean`
+4. xi_b           noises of K siblings, correlated through s, Eq. 2            `branch_noise`
+5. the tail       after the last noise, an ODE in fewer, better steps          `second_order`
+
+Symbols: `eta` is always the noise strength, the flag --eta (DanceGRPO writes eta, Flow-GRPO and Flow-CPS write a).
+`zeta_b` is a child's own noise in Eq. 2 (the paper writes eta_b, which would be a second eta).
+
+Departures from the papers, and why:
+- The log-density is a MEAN over the D dimensions of a latent, the convention of DDPO, Flow-GRPO and DanceGRPO. With
+  a sum the ratio of Eq. 5 would be exp(D * something small), which explodes with D.
+- Flow-CPS' code drops the factor 1/(2 std^2) and the constants of the density. Here that is an option
+  (`density="upstream"`); the true density is the default.
+- The last step, to sigma_T = 0, is always `ode`: noise added there would never reach the reward.
+- The marginals of dance and flow equal the ODE's only as dt -> 0. In few steps they end noisier than sigma (with T = 10
+  and noise at all steps: flow at 0.7 ends 1.3 times as noisy, dance at 1.6 ends 3.1 times). Those of cps are exact.
 """
 
 import math
@@ -30,7 +41,7 @@ def sigma_schedule(steps: int, shift: float = 3.0, tail: tuple[int, int] | None 
 
     Args:
         steps: T >= 1, the number of denoising steps.
-        shift: > 0; 1 is uniform, 3 is the Flux setting of DanceGRPO and of arXiv:2509.06040v5.
+        shift: > 0; 1 is uniform, 3 is the FLUX setting of DanceGRPO and of arXiv:2509.06040v5.
         tail: (k, n) walks from u_k to 0 in n even steps instead of T - k.
 
     Returns:
@@ -43,59 +54,72 @@ def sigma_schedule(steps: int, shift: float = 3.0, tail: tuple[int, int] | None 
         raise ValueError(f"steps must be at least 1, got {steps}")
     if shift <= 0:
         raise ValueError(f"shift must be above 0, got {shift}")
-    u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+
+    # Even times, from noise to data. T = 4 gives u = 1, 0.75, 0.5, 0.25, 0.
+    u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps  # (T+1,)
+
+    # A shorter tail keeps the first k levels and walks the rest in n even steps.
+    # T = 4 with tail (2, 1) gives u = 1, 0.75, 0.5, 0.
     if tail:
         k, n = tail
         u = torch.cat([u[:k], u[k] * (1 - torch.arange(n + 1, dtype=torch.float64) / n)])
+
+    # The shift spends more steps where the picture is still noise: with shift 3, u = 0.5 becomes sigma = 0.75.
+    # The ends 0 and 1 stay.
     return shift * u / (1 + (shift - 1) * u)
 
 
+# ------------------------------------------------------------------------------------------ four kinds of a single step
+# All have the same arguments and results, see `step_moments`. docs/method.md derives the SDE
+#     dx = v dsigma + (g^2/2) (x - (1-sigma) x0hat)/sigma^2 dsigma + g dW,
+# whose noise g dW would widen the marginal; the drift beside v, taken with dt < 0, pulls x back by just as much.
 def dance(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
-    """DanceGRPO (arXiv:2505.07818): mean = x + v dt + (eta^2/2) (x - (1-sigma) x0hat)/sigma^2 dt, std = eta sqrt(-dt)."""
+    """DanceGRPO (arXiv:2505.07818), g = eta: a constant amount of noise.
+
+    mean = x + v dt + (eta^2/2) (x - (1-sigma) x0hat)/sigma^2 dt, std = eta sqrt(-dt).
+    """
     dt = sigma_next - sigma
     x0hat = x - sigma * v
+
+    # Minus the score of N((1-sigma) x0, sigma^2 I), times g^2/2. It points away from the clean estimate; multiplied by
+    # dt < 0 it pulls x towards it, as much as the noise will push it away.
     score_drift = (eta**2 / 2) * (x - (1 - sigma) * x0hat) / sigma**2
     return x + v * dt + score_drift * dt, eta * (-dt).sqrt()
 
 
 def flow(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
-    """Flow-GRPO (arXiv:2505.05470): mean = x (1 + s^2 dt/(2 sigma)) + v (1 + s^2 (1-sigma)/(2 sigma)) dt, std = s sqrt(-dt).
+    """Flow-GRPO (arXiv:2505.05470), g = s = eta sqrt(sigma/(1-sigma)): much noise early, little late.
 
-    s = a sqrt(sigma/(1-sigma)); at sigma = 1 its denominator is 1 - sigma_1.
+    mean = x (1 + s^2 dt/(2 sigma)) + v (1 + s^2 (1-sigma)/(2 sigma)) dt, std = s sqrt(-dt).
+    It is the same SDE as dance's, written in x and v: x - (1-sigma) x0hat = sigma x + sigma (1-sigma) v.
     """
     dt = sigma_next - sigma
+
+    # At the first step sigma = 1, and the root would divide by 0: there 1 - sigma is taken at the next level, sigma_1.
     s = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_1, sigma))).sqrt()
+
     x_scale = 1 + s**2 * dt / (2 * sigma)
     v_scale = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
     return x * x_scale + v * v_scale, s * (-dt).sqrt()
 
 
 def cps(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
-    """Flow-CPS (arXiv:2509.05952): mean = (1-sigma') x0hat + sqrt(sigma'^2 - std^2) x1hat, std = sigma' sin(a pi/2), a < 1."""
+    """Flow-CPS (arXiv:2509.05952), 0 < eta < 1: part of the noise in x is replaced by new noise, the amount stays.
+
+    mean = (1-sigma') x0hat + sqrt(sigma'^2 - std^2) x1hat, std = sigma' sin(eta pi/2), sigma' the next noise level.
+    """
+    # eta = 0 replaces nothing (the ODE), eta = 1 all of it. For any eta, std^2 + (sigma'^2 - std^2) = sigma'^2.
     std = sigma_next * math.sin(eta * math.pi / 2)
+
+    # The clean and the noise estimate: what x is mixed from, if v is right.
     x0hat, x1hat = x - sigma * v, x + (1 - sigma) * v
     return (1 - sigma_next) * x0hat + (sigma_next**2 - std**2).sqrt() * x1hat, std
 
 
 def ode(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
-    """Euler: mean = x + v dt, std = 0."""
+    """Euler's step of the ODE: mean = x + v dt, std = 0."""
     dt = sigma_next - sigma
     return x + v * dt, torch.zeros_like(dt)
-
-
-def second_order(x: Tensor, x0hat: Tensor, before: Tensor, sigmas: tuple[float, float, float]) -> Tensor:
-    """A deterministic step of DPM-Solver++ (2M) in flow form (arXiv:2211.01095, alpha = 1 - sigma).
-
-    x' = D + (sigma'/sigma) (x - D), D = x0hat + h / (2 h_before) (x0hat - x0hat_before), h the step in log((1-sigma)/sigma).
-    With D = x0hat this is Euler.
-
-    Args:
-        x, x0hat, before: (B, ...) the latents, their clean estimate, and that of the step before.
-        sigmas: of the step before, of this one, of the next, which must be above 0.
-    """
-    a, b, c = (math.log(1 / s - 1) for s in sigmas)
-    target = x0hat + (c - b) / (2 * (b - a)) * (x0hat - before)
-    return target + sigmas[2] / sigmas[1] * (x - target)
 
 
 STEPS = {"dance": dance, "flow": flow, "cps": cps, "ode": ode}
@@ -104,15 +128,16 @@ STEPS = {"dance": dance, "flow": flow, "cps": cps, "ode": ode}
 def step_moments(
     kind: str, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the next latent, x' ~ N(mean, std^2 I), by one of STEPS.
+    """Mean and standard deviation of the next latent, x' ~ N(mean, std^2 I), by one of STEPS (Eq. 1).
 
-    In their equations dt = sigma' - sigma < 0, x0hat = x - sigma v is the clean and x1hat = x + (1-sigma) v the noise estimate.
+    In their equations dt = sigma' - sigma < 0, x0hat = x - sigma v is the clean and x1hat = x + (1-sigma) v the noise
+    estimate.
 
     Args:
         kind: a name in STEPS.
         x, v: (B, ...) latents and predicted velocities.
         sigma, sigma_next: noise levels, broadcastable to x: (B, 1, ..., 1) or 0-d; sigma > sigma_next >= 0.
-        eta: noise strength (eta of dance, a of flow and cps); cps needs 0 < a < 1.
+        eta: noise strength, > 0; cps needs eta < 1; ode does not use it.
         sigma_1: the second noise level of the schedule, used by flow at sigma = 1.
 
     Returns:
@@ -126,6 +151,8 @@ def step_moments(
     return STEPS[kind](x, v, sigma, sigma_next, eta, sigma_1)
 
 
+# ---------------------------------------------------------------------------------------------- density, noise, the
+# tail
 def gaussian_logp_mean(x: Tensor, mean: Tensor, std: Tensor, density: str = "true") -> Tensor:
     """MEAN over the D dimensions of log N(x; mean, std^2 I), the policy's log-prob of one step.
 
@@ -141,27 +168,59 @@ def gaussian_logp_mean(x: Tensor, mean: Tensor, std: Tensor, density: str = "tru
     square = ((x - mean) ** 2).flatten(1).mean(1)  # (B,)
     if density == "upstream":
         return -square
+
+    # std is the same in all dimensions of a row: one value stands for all, and only the square needs the mean over D.
     std = std.expand(x.shape).flatten(1)[:, 0]  # (B,)
     return -square / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
 
 
 def branch_noise(parents: int, branch: int, shape: tuple[int, ...], s: float, generator: torch.Generator) -> Tensor:
-    """Noises of siblings (Eq. 2, arXiv:2509.06040v5): xi_b = (xi_0 + s eta_b) / sqrt(1 + s^2).
+    """Noises of siblings (Eq. 2, arXiv:2509.06040v5): xi_b = (xi_0 + s zeta_b) / sqrt(1 + s^2).
 
-    xi_0 is shared by the K siblings of a parent, eta_b is each child's own. Every xi_b ~ N(0, I), whatever s, so a child
-    is distributed as a plain SDE step (hence the log-prob uses the unscaled std); Cov(xi_b, xi_b') = I / (1 + s^2).
+    xi_0 is shared by the K siblings of a parent, zeta_b is each child's own. Every xi_b ~ N(0, I) whatever s is, since
+    (1 + s^2)/(1 + s^2) = 1, so each child by itself is a plain SDE step, and its log-prob uses the unscaled std.
+    Siblings are correlated: Cov(xi_b, xi_b') = I / (1 + s^2), which is 0.5 for s = 1 and 0.059 for s = 4.
 
     Args:
-        parents, branch: number of parents and K, children each.
+        parents, branch: number of parents and K, children per parent.
         shape: of one latent.
-        s: >= 0; 4 is the paper's best; inf makes siblings independent.
+        s: >= 0; 4 is the paper's best; inf makes siblings independent; 0 makes them equal.
         generator: a CPU generator: the tree is the same on every device.
 
     Returns:
         (parents * branch, *shape) float32; the children of a parent are adjacent.
     """
-    own = torch.randn(parents, branch, *shape, generator=generator)
+    # zeta_b: one draw for each child.
+    own = torch.randn(parents, branch, *shape, generator=generator)  # (parents, K, *shape)
+
+    # xi_0: one draw for each parent, broadcast to its K children. An only child, or s = inf, needs none: xi_b = zeta_b.
     if branch > 1 and math.isfinite(s):
-        shared = torch.randn(parents, 1, *shape, generator=generator)
+        shared = torch.randn(parents, 1, *shape, generator=generator)  # (parents, 1, *shape)
         own = (shared + s * own) / math.sqrt(1 + s**2)
+
+    # Children of parent j become rows jK .. jK + K - 1, the order of the tree: 2 parents, K = 3 -> rows 012 345.
     return own.flatten(0, 1)
+
+
+def second_order(x: Tensor, x0hat: Tensor, x0hat_before: Tensor, sigmas: tuple[float, float, float]) -> Tensor:
+    """A deterministic step of DPM-Solver++ (2M) in flow form (arXiv:2211.01095, alpha = 1 - sigma).
+
+    x' = D + (sigma'/sigma) (x - D), where D = x0hat + h / (2 h_before) (x0hat - x0hat_before) and h is the step in
+    lambda = log((1-sigma)/sigma). With D = x0hat this is Euler's step.
+
+    Args:
+        x, x0hat, x0hat_before: (B, ...) the latents, their clean estimate, and that of the step before.
+        sigmas: of the step before, of this one, of the next one, all below 1 and above 0 (at 0 lambda is infinite).
+
+    Returns:
+        (B, ...) the next latents.
+    """
+    # lambda at the three levels: the steps h_before = b - a and h = c - b are measured in it, because there the
+    # solution is smooth.
+    a, b, c = (math.log(1 / s - 1) for s in sigmas)
+
+    # Extrapolate the clean estimate to the middle of the step, along the line through the last two estimates.
+    target = x0hat + (c - b) / (2 * (b - a)) * (x0hat - x0hat_before)
+
+    # Then walk towards it: the distance to it shrinks as the noise level does.
+    return target + sigmas[2] / sigmas[1] * (x - target)

@@ -27,7 +27,7 @@ def job(argv: list[str] | None = None) -> tuple:
         ValueError: one sentence.
     """
     tiny = flags.HERE / "tiny"
-    parser = flags.parser(__doc__.splitlines()[0], str(tiny / "flux"), height=32, width=64, reward="ocr:1,colour:1")
+    parser = flags.parser(__doc__.splitlines()[0])
     args = hardware.parse(parser, argv)
     flags.resolve(args)
     prompts, heldout = load_prompts(args, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")

@@ -22,9 +22,7 @@ def job(argv: list[str] | None = None) -> tuple:
         ValueError: one sentence.
     """
     tiny = flags.HERE / "tiny"
-    parser = flags.parser(__doc__.splitlines()[0], str(tiny / "wan"), 32, 32, "motion:1,colour:1", guidance=1.0)
-    parser.add_argument("--frames", type=flags.COUNT, default=9, help="of a video, 4k + 1 (Wan2.1: 81)")
-    parser.set_defaults(iterations=200, lr=2e-4)
+    parser = flags.parser(__doc__.splitlines()[0], video=True)
     args = hardware.parse(parser, argv)
     flags.resolve(args)
     prompts, heldout = load_prompts(args, tiny / "video_train.txt", tiny / "video_heldout.txt")

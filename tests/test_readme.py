@@ -73,7 +73,7 @@ def test_commands_parse():
     text = README.replace("\\\n", " ")
     commands = re.findall(r"^python train_image\.py(.*)$", text, re.M)
     assert len(commands) > 5
-    parser = flags.parser("", "", 32, 64, "ocr")
+    parser = flags.parser("")
     for command in commands:
         argv = shlex.split(command, comments=True)
         if "--help" not in argv:
@@ -152,7 +152,7 @@ def test_lines_end_at_120_columns():
 def test_flags_reach_the_code():
     """Every flag is read somewhere: none is parsed and forgotten."""
     code = "".join(p.read_text() for p in HERE.glob("*.py"))
-    for action in flags.parser("", "", 32, 64, "ocr")._actions:
+    for action in flags.parser("")._actions:
         if action.dest != "help":
             assert re.search(rf"\bargs\.{action.dest}\b", code), action.dest
 

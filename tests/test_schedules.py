@@ -186,15 +186,15 @@ def test_timestep_fraction_reaches_every_step_equally():
 # ----------------------------------------------------------------------------------------------------------------- depth
 def test_the_depth_window_sweeps_from_the_last_split_to_the_stop():
     """Width 5 of T = 20: starts 10..14, one later every 300 // 5 = 60 iterations; off by default."""
-    assert schedule_of(options("branchgrpo"), 0).depth is None
+    assert schedule_of(options("branchgrpo"), 0).depth_window is None
     args = options("branchgrpo", depth_prune=5)
     want = [(start, 5) for start in oracle.window_positions(10, 14, 300)]
-    assert [schedule_of(args, i).depth for i in range(300)] == want
+    assert [schedule_of(args, i).depth_window for i in range(300)] == want
     assert want[0] == (10, 5) and want[59] == (10, 5) and want[60] == (11, 5) and want[-1] == (14, 5)
     every = options("branchgrpo", depth_prune=5, depth_every=30)
-    assert [schedule_of(every, i).depth[0] for i in (0, 29, 30, 119, 120, 299)] == [10, 10, 11, 13, 14, 14]
+    assert [schedule_of(every, i).depth_window[0] for i in (0, 29, 30, 119, 120, 299)] == [10, 10, 11, 13, 14, 14]
     stopped = options("branchgrpo", depth_prune=5, depth_stop=15)
-    assert [schedule_of(stopped, i).depth[0] for i in (0, 149, 150, 299)] == [10, 10, 11, 11]
+    assert [schedule_of(stopped, i).depth_window[0] for i in (0, 149, 150, 299)] == [10, 10, 11, 11]
 
 
 # -------------------------------------------------------------------------------------------------------------- TempFlow

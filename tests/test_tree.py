@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import schedules
 import tree
-from tree import Forest, count, depth_advantages, drop_window, fuse, keep_extreme, keep_parent_top1, make_forest
+from tree import Forest, advantages, count, drop_window, fuse, keep_extreme, keep_parent_top1, make_forest
 
 many = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 PAPER = (20, 2, (0, 3, 6, 9))
@@ -252,9 +253,9 @@ def test_fusion_and_advantages_are_the_oracles(shape, beta, seed):
     assert len(fused) == forest.steps + 1 and all(f.dtype == torch.float64 for f in fused)
     for got, want in zip(fused, per_level(trees, "fused")):
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-8, atol=1e-10)
-    advantages = depth_advantages(fused, clip=1.5)
-    assert len(advantages) == forest.steps
-    for got, want in zip(advantages, per_level(trees, "advantage")[1:]):
+    earned = advantages(fused, forest, clip=1.5)
+    assert len(earned) == forest.steps
+    for got, want in zip(earned, per_level(trees, "advantage")[1:]):
         np.testing.assert_allclose(got.numpy(), want.astype(float), rtol=1e-6, atol=1e-8)
 
 
@@ -279,7 +280,7 @@ def test_a_tree_by_hand_beta_0():
     assert fused[0].tolist() == [[0]]
     assert fused[1].tolist() == [[-2, 2]]
     assert fused[2].tolist() == fused[3].tolist() == [[-3, -1, 0, 4]]
-    one, two, three = depth_advantages(fused)
+    one, two, three = advantages(fused, forest)
     assert one[0].tolist() == pytest.approx([-0.9999500025, 0.9999500025], abs=1e-9)
     assert two[0].tolist() == pytest.approx([-1.1766508, -0.3922169, 0.0, 1.5688677], abs=2e-7)
     assert three.tolist() == two.tolist()
@@ -301,7 +302,7 @@ def test_a_tree_by_hand_beta_1():
     assert fused[0][0].tolist() == pytest.approx([1 / 24])
     assert fused[1][0].tolist() == pytest.approx([1 / 4, 0], abs=1e-12)
     assert fused[3][0].tolist() == pytest.approx([-0.5, 0.5, -0.5, 0.5])
-    assert depth_advantages(fused)[0][0].tolist() == pytest.approx([0.99920064, -0.99920064], abs=1e-8)
+    assert advantages(fused, forest)[0][0].tolist() == pytest.approx([0.99920064, -0.99920064], abs=1e-8)
 
 
 @many
@@ -335,15 +336,16 @@ def test_fusion_in_float64_survives_far_rewards_and_log_probs():
     rewards = 1e6 + 1e-3 * torch.tensor([[-1.0, 1.0, -1.0, 1.0]], dtype=torch.float64)
     fused = fuse(rewards, torch.full((1, 4), -1e4), forest, 1.0)
     assert fused[-1][0].tolist() == pytest.approx([-1e-3, 1e-3, -1e-3, 1e-3], abs=1e-8)
-    assert depth_advantages(fused)[1][0].tolist() == pytest.approx([-1e-3 / 1.1e-3, 1e-3 / 1.1e-3] * 2, rel=1e-6)
+    assert advantages(fused, forest)[1][0].tolist() == pytest.approx([-1e-3 / 1.1e-3, 1e-3 / 1.1e-3] * 2, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------ advantages
-def advantages_of(shape, rewards, paths=None, beta=0.0, **kwargs):
+def advantages_of(shape, rewards, paths=None, beta=0.0, eps=tree.EPS, **kwargs):
     forest = make_forest(*shape)
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     paths = torch.zeros_like(rewards) if paths is None else paths
-    return depth_advantages(fuse(rewards, paths, forest, beta), **kwargs)
+    with mock.patch.object(tree, "EPS", eps):
+        return advantages(fuse(rewards, paths, forest, beta), forest, **kwargs)
 
 
 @many
@@ -352,7 +354,7 @@ def test_group_advantages_average_the_z_scores_of_the_leaves_below(shape, seed):
     forest, rng = make_forest(*shape), np.random.default_rng(seed)
     rewards = rng.normal(size=(2, forest.leaves))
     z = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
-    for a, n in zip(advantages_of(shape, rewards, clip=50.0, group=True), forest.sizes[1:], strict=True):
+    for a, n in zip(advantages_of(shape, rewards, clip=50.0, rule="group"), forest.sizes[1:], strict=True):
         wanted = z.reshape(2, n, -1).mean(2) if forest.leaves > 1 else np.zeros((2, n))
         np.testing.assert_allclose(a.numpy(), wanted, atol=1e-9)
 
@@ -381,6 +383,44 @@ def test_scaled_rewards_change_advantages_by_eps_alone(shape, scale, seed):
 
 @many
 @given(shapes(), st.integers(0, 10**6))
+def test_sibling_advantages_compare_a_node_with_those_of_its_last_split(shape, seed):
+    """By enumeration: (fused - mean of the nodes that left the same split node) / (std of the depth + eps)."""
+    forest, nodes = pair(shape)
+    rewards = np.random.default_rng(seed).normal(size=forest.leaves)
+    leaves = nodes.leaves()
+    for step, level in enumerate(advantages_of(shape, rewards[None], clip=50.0, rule="sibling")):
+        members = nodes.level(step + 1)
+        fused = np.array([np.mean([rewards[leaves.index(leaf)] for leaf in n.leaves()]) for n in members])
+        splits = [i for i in forest.splits if i <= step]
+        for got, member in zip(level[0].tolist(), members, strict=True):
+            ancestor = member
+            while splits and ancestor.depth > splits[-1]:
+                ancestor = ancestor.parent
+            family = [f for f, n in zip(fused, members) if not splits or n in ancestor.walk()]
+            spread = fused.std()
+            assert got == pytest.approx((fused[members.index(member)] - np.mean(family)) / (spread + 1e-4), abs=1e-9)
+
+
+def test_sibling_advantages_of_the_worked_tree():
+    """Rewards 0.2 0.4 0.9 0.5: depth 1 as Eq. 4 has it; below, +-0.1 and +-0.2 over the std of all four, 0.255."""
+    levels = advantages_of((4, 2, (0, 1)), [[0.2, 0.4, 0.9, 0.5]], rule="sibling")
+    assert levels[0][0].tolist() == pytest.approx([-1, 1], abs=1e-3)
+    for level in levels[1:]:
+        assert level[0].tolist() == pytest.approx([-0.392, 0.392, 0.784, -0.784], abs=1e-3)
+
+
+def test_the_rules_agree_on_a_star():
+    """One split into all leaves: depth, siblings and group are one and the same set, so flat GRPO is a special case."""
+    rewards = np.random.default_rng(0).normal(size=(3, 8))
+    first, *others = (advantages_of((5, 8, (0,)), rewards, rule=rule) for rule in tree.ADVANTAGES)
+    assert len(others) >= 2
+    for other in others:
+        for a, b in zip(first, other):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@many
+@given(shapes(), st.integers(0, 10**6))
 def test_prompts_do_not_see_each_other(shape, seed):
     """Permuting prompts permutes fused rewards, advantages and masks."""
     forest, rng = make_forest(*shape), np.random.default_rng(seed)
@@ -391,7 +431,7 @@ def test_prompts_do_not_see_each_other(shape, seed):
         fused = fuse(rewards, paths, forest, 1.0)
         masks = keep_parent_top1(forest, fused[-1]) if forest.splits else []
         masks = masks + (keep_extreme(forest, fused[-1], 1) if forest.leaves >= 2 else [])
-        return fused + depth_advantages(fused) + [m.double() for m in masks]
+        return fused + advantages(fused, forest) + [m.double() for m in masks]
 
     for a, b in zip(everything(rewards, paths), everything(rewards[order], paths[order])):
         torch.testing.assert_close(a[order], b, rtol=1e-9, atol=1e-12)
