@@ -119,8 +119,7 @@ def velocity(policy, x: Tensor, step: Tensor, sampler: Sampler, cond: Cond, micr
     return torch.cat([policy.velocity(x[r], sigma[r], take_cond(cond, r)) for r in rows])
 
 
-# --------------------------------------------------------------------------------------------------- rollout, Eq. 1 and
-# 2
+# ------------------------------------------------------------------------------------------------- rollout, Eq. 1 and 2
 @torch.no_grad()
 def rollout(
     policy, cond: Cond, forest: Forest, sampler: Sampler, rng, micro_batch: int = 0, keep_x0hat=False, store=None
@@ -152,8 +151,7 @@ def rollout(
         mean, std = sampler.moments(step, nodes, v, forest.stochastic(i))
 
         # Eq. 1 with the noise of Eq. 2: K children per node, equal in mean and std. Node j's become rows jK .. jK + K -
-        # 1,
-        # the order in which `branch_noise` lists them. The log-prob is that of the latent which is stored.
+        # 1, the order in which `branch_noise` lists them. The log-prob is that of the latent which is stored.
         if forest.stochastic(i):
             k = forest.children[i]
             mean, std = mean.repeat_interleave(k, 0), std.repeat_interleave(k, 0)  # (P n_{i+1}, *latent)
@@ -222,8 +220,7 @@ def sample_ode(policy, cond: Cond, sampler: Sampler, noise: Tensor, micro_batch:
     return x
 
 
-# ------------------------------------------------------------------------------------------- credit and pruning, Eq. 3,
-# 4
+# ----------------------------------------------------------------------------------------- credit and pruning, Eq. 3, 4
 def credit(
     out: Rollout, forest: Forest, rewards: Tensor, beta: float, adv_clip: float, rule: str = "depth"
 ) -> list[Tensor]:
@@ -328,16 +325,15 @@ def flatten_edges(
         columns["step"].append(torch.full((int(trained.sum()),), i))
         columns["prompt"].append(prompts[trained.nonzero()[:, 0]])
 
-        # Edges: the child x_{i+1} that was drawn, its log-prob then, its advantage. The factor of TempFlow-GRPO is
-        # above
-        # 0, so multiplying the advantage by it multiplies the clipped loss by it.
+        # Edges: the child x_{i+1} that was drawn, its log-prob then, its advantage. The factor of
+        # TempFlow-GRPO is above 0, so multiplying the advantage by it multiplies the clipped loss by it.
         factor = step_weight[i] if step_weight else 1.0
         columns["child"].append(out.latents[i + 1][prompts][edge])  # (E_i, *latent)
         columns["parent"].append(parent)
         columns["advantage"].append(credits[i][prompts][mask.flatten(1)].float() * factor)
         columns["logp_old"].append(out.logp_mean[i][prompts][edge])
 
-        # Eq. 5 counts edges, so step 0 with its 2 of 218 edges hardly weighs; by leaves below, each step weighs 1.
+        # Eq. 5 counts edges, so step 0, with 2 of 202 trained ones, hardly weighs. By leaves below, all steps weigh 1.
         weight = 1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0
         columns["weight"].append(torch.full((int(mask.sum()),), weight))
     return Edges(**{name: torch.cat(tensors).to(out.latents[0].device) for name, tensors in columns.items()})
@@ -345,8 +341,8 @@ def flatten_edges(
 
 def micro_batch_of(edges: Edges, rows: slice, device) -> Edges:
     """The parents at `rows` and their edges, on the device that computes."""
-    # Edges are sorted by parent, so those of parents a .. b - 1 are contiguous: parent [0,1,1,2], rows 1 .. 2 -> edges
-    # 1 .. 2.
+    # Edges are sorted by parent, so those of parents a .. b - 1 are
+    # contiguous: parent [0,1,1,2], rows 1 .. 2 -> edges 1 .. 2.
     ends = torch.tensor([rows.start, rows.stop], device=edges.parent.device)
     between = slice(*torch.searchsorted(edges.parent, ends).tolist())
     fields = {name: getattr(edges, name)[rows if name in PARENT_FIELDS else between] for name in vars(edges)}
@@ -366,8 +362,8 @@ def split_parents(edges: Edges, n: int, seed: list[int]) -> list[Edges]:
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(edges.x)))
     subsets = []
     for rows in order.tensor_split(n):
-        # New numbers for the chosen parents, -1 for the others: rows [0,2] of 3 -> [0,-1,1]. In order, so edges stay
-        # sorted.
+        # New numbers for the chosen parents, -1 for the others: rows [0,2]
+        # of 3 -> [0,-1,1]. In order, so edges stay sorted.
         rows = rows.sort().values.to(edges.parent.device)
         number = torch.full((len(edges.x),), -1, device=rows.device)
         number[rows] = torch.arange(len(rows), device=rows.device)
@@ -424,8 +420,7 @@ def surrogate(
     return loss, ratio, kl
 
 
-# ------------------------------------------------------------------------------------------------------------- the
-# update
+# ----------------------------------------------------------------------------------------------------------- the update
 def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sampler, args) -> dict[str, float]:
     """One optimiser step on the kept edges of this process and of all others (Eq. 5).
 
@@ -446,9 +441,8 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     device = next(iter(cond.values())).device  # the edges may lie elsewhere
     n_parents, n_edges = len(edges.x), len(edges.child)
 
-    # The divisors of both means, over all processes. Every process asks, even one with nothing to train: a reduction
-    # waits
-    # for all, and one that stayed away would hang the others.
+    # The divisors of both means, over all processes. Every process asks, even one with nothing to
+    # train: a reduction waits for all, and one that stayed away would hang the others.
     total = torch.tensor([float(edges.weight.sum()), float(n_parents)], device=device)
     total_weight, total_parents = accelerator.reduce(total, "sum")
     if not total_weight:  # on every process alike: a window may leave nothing to train

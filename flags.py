@@ -176,7 +176,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def adder(group, defaults: dict[str, Default]):
-    """A group's add_argument; for the flags of `defaults` it leaves the value open and says in the help what it becomes."""
+    """A group's add_argument; of the flags in `defaults` the value stays open, and the help says what it becomes."""
 
     def add(flag: str, help: str, **options) -> None:
         name = flag.removeprefix("--").replace("-", "_")

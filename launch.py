@@ -59,8 +59,8 @@ def make_accelerator(args) -> Accelerator:
         if asked and not torch.cuda.is_available():
             raise ValueError(f"{flag}: no GPU was found")
 
-    # Others wait while one process writes a large checkpoint, hence an hour. Buffers are constants: DDP need not send
-    # them.
+    # Others wait while one process writes a large checkpoint, hence an
+    # hour. Buffers are constants: DDP need not send them.
     handlers = [
         InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         DistributedDataParallelKwargs(broadcast_buffers=False),
@@ -170,14 +170,14 @@ def prepare(args, accelerator: Accelerator, load_policy, shape: tuple[int, ...],
         text_cache=args.text_cache,
     )
 
-    # With --text-offload the text encoders visit the device once: all prompts that this process will need are encoded
-    # now.
+    # With --text-offload the text encoders visit the device once: all
+    # prompts that this process will need are encoded now.
     if args.text_offload:
         own = [prompt for i in range(args.iterations) for prompt in own_prompts(args, accelerator, prompts, i)]
         policy.remember([*dict.fromkeys(own), *heldout[: args.eval_size + accelerator.num_processes]])
 
-    # min_decay = decay switches diffusers' warm-up off: the average has the decay that was asked for from the first
-    # step.
+    # min_decay = decay switches diffusers' warm-up off: the average has
+    # the decay that was asked for from the first step.
     run = Run(args, accelerator, policy, prompts, heldout, rewards, weights)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=args.lr, weight_decay=args.weight_decay)
     run.ema = EMAModel(policy.trainable(), decay=args.ema, min_decay=args.ema) if args.ema else None

@@ -305,8 +305,7 @@ def summary(run: Run) -> dict:
     }
 
 
-# --------------------------------------------------------------------------------------------------------------
-# measures
+# ------------------------------------------------------------------------------------------------------------  measures
 def strip(pictures: Tensor, n: int = 3) -> Tensor:
     """Videos (B, F, 3, H, W) as n of their frames side by side, (B, 3, H, n W); pictures (B, 3, H, W) as they are."""
     return pictures if pictures.ndim == 4 else R.sampled_frames(pictures, n).permute(0, 2, 3, 1, 4).flatten(3)

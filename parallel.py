@@ -1,14 +1,20 @@
-"""Many processes: a transformer in pieces (FSDP2), its state in one checkpoint whatever the number of processes.
+"""Many processes: a transformer in pieces (FSDP2), and checkpoints that do not depend on the number of processes.
 
-Each process owns its prompts and walks their forests alone; only gradients meet, in `branchgrpo.update`. All forests of an
-iteration have one shape, and so have their masks, so every process makes the same calls and none waits for ever.
+Each process owns its prompts and walks their forests alone; only gradients meet, in `branchgrpo.update`. All forests
+of an iteration have one shape, and so have their masks, so every process makes the same calls and none waits for ever.
 
-DDP, where every process holds the whole model, is accelerate's. FSDP2, where it holds a piece of every weight, is torch's
+There are two ways to share a model. With DDP every process holds all of it; accelerate does that. With FSDP2 every
+process holds a piece of every weight, and gathers a block's weights only while that block runs. That is torch's
 fully_shard, called here: accelerate's own path ignores it on the CPU, where this one is tested.
 
 1. shard        blocks, then what is left over: parameters become DTensors, gathered for a block when it runs
-2. save, load   trained weights, optimiser and EMA by torch.distributed.checkpoint; weights in safetensors beside them
-3. unshard      a plain copy on the main process, for pictures and export
+2. unshard      a plain copy on the main process, for pictures and export
+3. save, load   trained weights, optimiser and EMA by torch.distributed.checkpoint; weights in safetensors beside them
+
+Why a checkpoint resumes on any number of processes. A DTensor knows its whole shape and where its piece lies in it. So
+`save` stores pieces of named tensors, not of processes, and `load` reads for each piece what overlaps with it, however
+the file was cut. Optimiser and EMA are stored by the names of their parameters for the same reason. A plain tensor is
+a piece that is the whole. Random numbers need no state: they are keyed by (seed, iteration, prompt).
 """
 
 from pathlib import Path
@@ -23,17 +29,30 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
+# ------------------------------------------------------------------------------------------------------------ sharding
 def shard(transformer: nn.Module, device: torch.device, bf16: bool) -> None:
     """Split every weight over all processes, in place; the pieces lie on the device, wherever the model was.
 
-    Those that are trained become float32, a block at a time: no process ever holds the whole model in float32.
+    Weights that are trained become float32, a block at a time: no process ever holds the whole model in float32.
 
     Args:
         transformer: a diffusers model; its repeated blocks are gathered one at a time.
+        device: of the pieces.
         bf16: gather weights in bf16, norms too; the pieces and the reduction of gradients stay in float32.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+
+    # Gradients are computed in bf16 but summed over the processes in float32. A bf16 sum would round every time
+    # another process adds its part, so the gradient would depend on how many there are, and small parts would vanish.
+    # Inputs are passed on as they are: cast to bf16, sigma would keep 8 bits, and 0.999 would become 1.
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+    # Blocks come first and the transformer last: it then owns only what no block does (embeddings, output). Weights are
+    # freed after the forward and gathered again in the backward, so that one block is whole at a time, not all. The
+    # transformer itself needs telling: by default the outermost module stays whole, and whoever reads weights between
+    # calls (EMA, checkpoints, the optimiser) must find the pieces.
     blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
     for module in (*blocks, transformer):
         for weight in module.parameters():
@@ -42,62 +61,90 @@ def shard(transformer: nn.Module, device: torch.device, bf16: bool) -> None:
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
+def whole(x: Tensor) -> Tensor:
+    """A tensor gathered from its pieces, or itself where it is not split; every process must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def on_main(x: Tensor, main_process: bool, dtype: torch.dtype) -> Tensor:
-    """A tensor gathered, kept by the main process alone, on the CPU; every process must ask."""
+    """A tensor gathered and kept on the CPU of the main process alone; every process must call it.
+
+    Called weight by weight, it holds one whole weight on each device at a time. Elsewhere it returns a tensor without
+    data.
+    """
     x = whole(x).detach()
     return x.to("cpu", dtype).contiguous() if main_process else x.to("meta")
-
-
-def whole(x: Tensor) -> Tensor:
-    """A tensor gathered from its pieces; every process must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def unshard(transformer: nn.Module, main_process: bool, dtype: torch.dtype) -> nn.Module:
     """On the main process a plain model with the same weights, on its device; elsewhere the sharded one.
 
-    Every process must call it. dtype: of all weights, those in which `shard` gathers them.
+    A sharded model can only be called by all processes together; the main one draws and saves alone. Every process must
+    call this.
+
+    Args:
+        transformer: a model that `shard` split. main_process: is this process the main one? dtype: of all weights of
+        the plain model: that in which `shard` gathers them, or it would compute something else.
     """
     weights = {name: on_main(weight, main_process, dtype) for name, weight in transformer.state_dict().items()}
     if not main_process:
         return transformer
+
+    # An empty model of the same class. FSDP2 replaced the class by one derived from (FSDPModule, the original), hence
+    # the second base. On the meta device it takes no memory and no time to initialise.
     with torch.device("meta"):
-        plain = type(transformer).__bases__[1].from_config(transformer.config)  # the first is FSDP2's own
+        plain = type(transformer).__bases__[1].from_config(transformer.config)
         for name, adapter in getattr(transformer, "peft_config", {}).items():
             plain.add_adapter(adapter, name)
     plain.load_state_dict(weights, assign=True)
-    for module, same in zip(plain.modules(), transformer.modules()):
-        module._buffers.update(same._buffers)  # Wan's rope, which no state dict has
+
+    # Buffers that no state dict has, as Wan's table of rotary embeddings, would stay without data. FSDP2 does not split
+    # buffers, so those of the sharded model are complete.
+    for module, sharded in zip(plain.modules(), transformer.modules()):
+        module._buffers.update(sharded._buffers)
     return plain.to(next(transformer.parameters()).device).eval()
 
 
+# --------------------------------------------------------------------------------------------------------- checkpoints
 def state(run) -> dict:
-    """Trained weights, optimiser and EMA of a Run by name: what torch.distributed.checkpoint saves, and loads in place."""
+    """What a checkpoint keeps of a Run: trained weights, optimiser and EMA, all by the names of the parameters.
+
+    torch.distributed.checkpoint saves this dictionary, and loads into the tensors of such a one in place.
+    """
     transformer = run.policy.pipe.transformer
-    model = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
-    found = {"model": model, "optimizer": get_optimizer_state_dict(transformer, run.optimizer.optimizer)}
+    weights = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
+    tensors = {"model": weights, "optimizer": get_optimizer_state_dict(transformer, run.optimizer.optimizer)}
+
+    # EMAModel keeps a list in the order of the trainable parameters, which is that of `weights`.
     if run.ema:
-        found["ema"] = dict(zip(model, run.ema.shadow_params)) | {"step": run.ema.optimization_step}
-    return found
+        tensors["ema"] = dict(zip(weights, run.ema.shadow_params)) | {"step": run.ema.optimization_step}
+    return tensors
 
 
 def save(run, folder: Path) -> None:
     """Write a Run's state into a folder, as pieces from all processes, and the trained weights in one file.
 
-    Every process must call it.
+    Every process must call it, with the same folder on a disk that all share.
     """
-    found = state(run)
-    dcp.save(found, checkpoint_id=folder)
+    tensors = state(run)
+    dcp.save(tensors, checkpoint_id=folder)
+
+    # The trained weights once more, whole and readable by any tool.
     main = run.accelerator.is_main_process
-    weights = {name: on_main(weight, main, weight.dtype) for name, weight in found["model"].items()}
+    weights = {name: on_main(weight, main, weight.dtype) for name, weight in tensors["model"].items()}
     if main:
         save_file(weights, folder / "trainable.safetensors")
 
 
 def load(run, folder: Path) -> None:
-    """Restore what `save` wrote, on any number of processes."""
-    found = state(run)
-    dcp.load(found, checkpoint_id=folder)
-    set_optimizer_state_dict(run.policy.pipe.transformer, run.optimizer.optimizer, found["optimizer"])
+    """Restore what `save` wrote, on any number of processes.
+
+    Every process must call it.
+    """
+    # Tensors are loaded in place, which suffices for weights and EMA. Numbers cannot be: the optimiser's settings and
+    # the EMA's step are handed over.
+    tensors = state(run)
+    dcp.load(tensors, checkpoint_id=folder)
+    set_optimizer_state_dict(run.policy.pipe.transformer, run.optimizer.optimizer, tensors["optimizer"])
     if run.ema:
-        run.ema.optimization_step = found["ema"]["step"]
+        run.ema.optimization_step = tensors["ema"]["step"]

@@ -1,14 +1,35 @@
-"""Policies: what a model must offer to be trained here; FLUX for images and Wan for video, for any diffusers checkpoint.
+"""Policy: what a model must offer to be trained here, and the switches that make a large one fit into memory.
 
-A policy is a frozen text encoder, a trained transformer and a frozen decoder:
+Idea: a diffusion model is a policy in the sense of reinforcement learning. Its state is a noisy latent x, a noise level
+sigma and a prompt; the velocity v_theta(x, sigma, prompt) decides the mean of the next latent (Eq. 1, sde.py). The
+tree, the credit and the loss ask for nothing but this:
 
-    encode(prompts) -> cond            dict of tensors, first dimension the prompts
-    velocity(x, sigma, cond) -> v      v_theta(x, sigma, prompt), noise minus data; sigma = 1 is noise
+    encode(prompts) -> cond            text conditioning: a dict of tensors whose first dimension is the prompts
+    velocity(x, sigma, cond) -> v      v_theta, noise minus data, of the shape of x
     decode(x) -> pictures              (B, 3, H, W) in [0, 1]; videos are (B, F, 3, H, W)
-    latent_shape, transformer, trainable(), remember(prompts), unshard(main_process), save(folder); with --kl velocity(reference=True)
+    latent_shape                       the shape of one x, without the batch
+    trainable()                        the parameters that the optimiser sees
 
-The tree, the credit and the loss know nothing else of a model. Packing, VAE constants, channel counts and the length of the
-text are read from the checkpoint's own config, so a small model and FLUX.1-dev or Wan2.1 take the same path.
+A policy wraps a diffusers pipeline: frozen text encoders, a trained transformer, a frozen VAE decoder. `Policy` holds
+what all models share. A model (models.py) is a subclass that defines `velocity`, `decode` and `embed`, and sets
+`latent_shape` and `text_length`.
+
+Direction of time: sigma = 1 is pure noise, sigma = 0 the picture, and velocities point from data to noise.
+
+1. Policy            the interface first, then construction, text, sharding and saving
+2. load_pipeline     a diffusers pipeline from disk or the hub, with errors in one sentence
+3. four_bits         the settings of QLoRA's 4-bit weights
+
+Switches of memory, and what each costs:
+
+    lora             trains a low-rank addition instead of all weights: it can express less
+    autocast         computes in bf16, but trains float32 master weights: numbers with 8 significant bits
+    nf4              stores the frozen weights in 4 bits (needs lora): they are approximate
+    checkpointing    keeps only the input of each block: one more forward per backward
+    text_offload     keeps the text encoders on the CPU while they are idle: moving them there and back
+    text_cache       keeps encodings on disk, for a second run too: space on the disk
+    tiling           decodes in tiles, one picture at a time: seams change a little
+    sharded          splits weights, gradients and moments over all processes (parallel.py): communication
 """
 
 import copy
@@ -33,36 +54,9 @@ from transformers.utils import logging as transformers_logging
 from branchgrpo import Cond
 from parallel import shard, unshard
 
+# The projections of attention (queries, keys, values, output) under the names that diffusers gives them in FLUX and
+# Wan. Those with "add" belong to FLUX's text stream; peft takes the ones that a model has.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
-
-def load_pipeline(model: str, wanted: type, dtype: torch.dtype, nf4: bool = False) -> DiffusionPipeline:
-    """Load a diffusers pipeline of one class from a folder or a hub id; with nf4 the transformer's linear layers in 4 bits.
-
-    Raises:
-        ValueError: if it is missing, lacks a component, or is of another class; one sentence.
-    """
-    if Path(model).is_dir():
-        index = Path(model) / "model_index.json"
-        if not index.is_file():
-            raise ValueError(f"--model {model}: no model_index.json there, so it is no diffusers pipeline")
-        config = json.loads(index.read_text())
-        for name, value in config.items():
-            if isinstance(value, list) and value[0] and not (Path(model) / name).is_dir():
-                raise ValueError(f"--model {model}: its component {name!r} is missing")
-    try:
-        config = config if Path(model).is_dir() else DiffusionPipeline.load_config(model)
-        if config["_class_name"] != wanted.__name__:
-            raise ValueError(f"--model {model} is a {config['_class_name']}; a {wanted.__name__} is needed here")
-        return wanted.from_pretrained(model, dtype=dtype, **({"quantization_config": four_bits(dtype)} if nf4 else {}))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
-def four_bits(dtype: torch.dtype) -> PipelineQuantizationConfig:
-    """QLoRA's NF4 (arXiv:2305.14314) for the transformer: 4.5 bits a weight, computed in `dtype`."""
-    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    return PipelineQuantizationConfig("bitsandbytes_4bit", kind, components_to_quantize=["transformer"])
 
 
 class Policy:
@@ -70,22 +64,79 @@ class Policy:
 
     Args:
         pipe: the diffusers pipeline; its transformer is trained, the rest is frozen.
-        device: of everything.
-        autocast: bf16 autocast around the transformer and the decoder.
+        device: where everything computes.
+        autocast: bf16 autocast around the transformer; the weights that are trained stay float32.
         lora: rank of a LoRA on the attention projections (alpha = 2 rank, as in Flow-GRPO); 0 trains all weights.
         keep_reference: keep the untrained velocity at hand, for the KL term (free with LoRA, a copy without).
         checkpointing: compute activations again in the backward pass instead of keeping them.
-        tiling: decode in overlapping tiles, which changes seams a little, and pictures of a batch one by one.
+        tiling: decode in overlapping tiles, which changes seams a little, and the pictures of a batch one by one.
         sharded: split the transformer over all processes (FSDP2); see parallel.py.
         compiled: compile the repeated blocks.
-        text_offload: text encoders are on the device only while they encode.
+        text_offload: the text encoders are on the device only while they encode.
         text_cache: a folder that keeps what they encoded, for this run and others.
     """
 
-    pipeline_class: type
-    latent_shape: tuple[int, ...]
+    pipeline_class: type  # the diffusers pipeline that a model wraps
+    latent_shape: tuple[int, ...]  # of one x, without the batch
+    text_length: int  # tokens that a prompt is padded or cut to
     guided = False  # are prompts encoded with an empty one beside them?
 
+    # ------------------------------------------------------------------------------------------------------ interface
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
+        """v_theta(x, sigma, prompt), the model's estimate of noise minus data. A model defines it, by way of `call`.
+
+        Args:
+            x: noisy latents (B, *latent_shape), float32.
+            sigma: (B,) in (0, 1], one noise level per row; 1 is pure noise.
+            cond: from `encode`, B rows.
+            reference: ask the untrained model, for the KL term; needs keep_reference, or a LoRA.
+
+        Returns:
+            The shape of x, float32.
+        """
+        raise NotImplementedError
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Clean latents (B, *latent_shape) to pictures in [0, 1], float32 on the CPU. A model defines it.
+
+        Returns:
+            (B, 3, H, W), or videos (B, F, 3, H, W).
+        """
+        raise NotImplementedError
+
+    def embed(self, prompts: list[str]) -> Cond:
+        """Run the text encoders. A model defines it; callers use `encode`, which remembers.
+
+        Returns:
+            A dict of tensors whose first dimension is the prompts. What a row holds depends on its own prompt alone.
+        """
+        raise NotImplementedError
+
+    def call(self, reference: bool, **inputs) -> Tensor:
+        """Call the transformer, or with `reference` the untrained one, under autocast.
+
+        Returns:
+            Its output in float32: steps and log-probabilities are computed in float32 whatever the transformer uses.
+        """
+        # Without a LoRA the untrained model is a copy. With one it is the same transformer, its adapters switched off.
+        # `transformer` may be wrapped in DDP, which does not know of adapters; `pipe.transformer` is the model inside.
+        model = self.reference if reference and self.reference is not None else self.transformer
+        adapters_off = reference and self.lora > 0
+        if adapters_off:
+            self.pipe.transformer.disable_adapters()
+
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            v = model(**inputs, return_dict=False)[0]
+
+        if adapters_off:
+            self.pipe.transformer.enable_adapters()
+        return v.float()
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The parameters that the optimiser sees: all of the transformer's, or those of the LoRA."""
+        return [p for p in self.transformer.parameters() if p.requires_grad]
+
+    # --------------------------------------------------------------------------------------------------- construction
     def __init__(
         self,
         pipe: DiffusionPipeline,
@@ -101,124 +152,247 @@ class Policy:
         text_cache: str | None = None,
     ):
         self.pipe, self.device, self.autocast, self.lora = pipe, torch.device(device), autocast, lora
+        self.transformer = pipe.transformer
         pipe.set_progress_bar_config(disable=True)
+
+        # 1. Switches that diffusers offers. Slicing decodes the pictures of a batch one by one.
         if checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
         if tiling:
             pipe.vae.enable_tiling()
             pipe.vae.enable_slicing()
-        for name, part in pipe.components.items():
-            if isinstance(part, torch.nn.Module):
-                part.eval().requires_grad_(False)
-                waits = text_offload if name.startswith("text_encoder") else sharded and name == "transformer"
-                if not waits:
-                    part.to(self.device)
-        for module in pipe.transformer.modules() if autocast else ():
-            if isinstance(module, torch.nn.RMSNorm):  # CUDA's autocast leaves float32, which flash attention refuses
-                module.register_forward_hook(lambda _, inputs, normed: normed.to(inputs[0].dtype))
-        self.transformer = pipe.transformer
+
+        # 2. Freeze everything and switch dropout off, for good: a velocity must be a function of its arguments, or the
+        #    ratios of an unchanged policy would not be 1. Two components stay on the CPU for now: text encoders that
+        #    come only when they are needed, and a transformer that would not fit before it is split (step 7).
+        for name, component in pipe.components.items():
+            if isinstance(component, torch.nn.Module):
+                component.eval().requires_grad_(False)
+                stays_on_cpu = text_offload if name.startswith("text_encoder") else sharded and name == "transformer"
+                if not stays_on_cpu:
+                    component.to(self.device)
+
+        # 3. Under CUDA's autocast RMSNorm returns float32 for queries and keys, while values stay bf16. Flash attention
+        #    refuses such a mixture, so the norm's output is given the type of its input.
+        if autocast:
+            for module in pipe.transformer.modules():
+                if isinstance(module, torch.nn.RMSNorm):
+                    module.register_forward_hook(lambda _, inputs, normed: normed.to(inputs[0].dtype))
+
+        # 4. The untrained model, for the KL term. A LoRA needs no copy: without its adapters it is the untrained model.
         self.reference = copy.deepcopy(pipe.transformer) if keep_reference and not lora else None
+
+        # 5. What is trained. A LoRA adds (alpha / rank) B A to each projection. B starts at 0, so the first velocities
+        #    are those of the checkpoint. A is random: seeded, hence the same on every process, and forked, hence the
+        #    caller's random numbers are what they would have been.
         if lora:
             config = LoraConfig(r=lora, lora_alpha=2 * lora, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # the same start on every process, whatever was drawn before
+                torch.manual_seed(0)
                 self.transformer.add_adapter(config)
         else:
             self.transformer.requires_grad_(True)
-        for weight in () if sharded else self.trainable():
-            weight.data = weight.data.float()  # fp32 master weights, whatever the checkpoint's dtype
-        if compiled:  # by the names of its blocks, which FSDP2 changes
+
+        # 6. Master weights are float32, whatever the checkpoint's dtype. Neighbouring bf16 numbers lie 0.4 % to 0.8 %
+        #    apart, so a step that moves a weight by 0.05 % would be rounded away. `shard` does the same block by block.
+        if not sharded:
+            for weight in self.trainable():
+                weight.data = weight.data.float()
+
+        # 7. Compile, then split: compilation finds the repeated blocks by the names of their classes, and FSDP2 changes
+        #    those names.
+        if compiled:
             pipe.transformer.compile_repeated_blocks(dynamic=True)
-        for model in filter(None, (self.transformer, self.reference)) if sharded else ():
-            shard(model, self.device, autocast)
+        if sharded:
+            for model in filter(None, (self.transformer, self.reference)):
+                shard(model, self.device, autocast)
+
+        # 8. Encoded prompts: in memory, or as files in text_cache.
         self.text_offload, self.text_cache, self._encoded = text_offload, text_cache, {}
         if text_cache:
             Path(text_cache).mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def load(cls, model: str, *sizes: int, dtype: torch.dtype = torch.float32, nf4=False, **kwargs) -> "Policy":
-        """From a local folder or a hub id; see `load_pipeline` and the class for what is raised."""
+        """A policy from a checkpoint.
+
+        Args:
+            model: a local folder, or a hub id.
+            sizes: of a picture or video, as the model's class takes them.
+            dtype: of the frozen weights; bfloat16 also switches autocast on.
+            nf4: store the transformer's frozen weights in 4 bits.
+            kwargs: of the model's class.
+
+        Raises:
+            ValueError: see `load_pipeline` and the model's class.
+        """
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         pipe = load_pipeline(model, cls.pipeline_class, dtype, nf4)
         return cls(pipe, *sizes, autocast=dtype == torch.bfloat16, **kwargs)
 
-    def trainable(self) -> list[torch.nn.Parameter]:
-        """The parameters that the optimiser sees."""
-        return [p for p in self.transformer.parameters() if p.requires_grad]
-
-    def embed(self, prompts: list[str]) -> Cond:
-        """Text to conditioning, with the pipeline's own encoders."""
-        raise NotImplementedError
-
-    @cached_property
-    def encoders(self) -> str:
-        """What an encoding depends on beside its prompt: class, length, guidance, and some values of every encoder's weight."""
-        words = [type(self).__name__, str(self.text_length), str(self.guided)]
-        for name, encoder in sorted(self.pipe.components.items()):
-            if name.startswith("text_encoder") and encoder:
-                for weight in encoder.parameters():
-                    some = weight.flatten()[:: max(1, weight.numel() // 16)].float().cpu()
-                    words += [str(weight.dtype), some.numpy().tobytes().hex()]
-        return "\n".join(words)
-
-    def cached(self, prompt: str) -> Path:
-        """A prompt's file in text_cache."""
-        return Path(self.text_cache, hashlib.sha256(f"{self.encoders}\n{prompt}".encode()).hexdigest())
-
-    @torch.no_grad()
-    def remember(self, prompts: list[str]) -> None:
-        """Encode what was never encoded, in the memory or in text_cache; with text_offload the encoders visit the device for it."""
-        known = (lambda p: self.cached(p).exists()) if self.text_cache else self._encoded.__contains__
-        new = [p for p in dict.fromkeys(prompts) if not known(p)]
-        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder") and part]
-        for encoder in encoders if new else ():
-            encoder.to(self.device)
-        for start in tqdm(range(0, len(new), 32), desc="prompts", file=sys.stderr, disable=len(new) < 256):
-            some = new[start : start + 32]
-            cond = {name: value.cpu() for name, value in self.embed(some).items()}
-            for i, prompt in enumerate(some):
-                row = {name: value[i].clone() for name, value in cond.items()}
-                if not self.text_cache:
-                    self._encoded[prompt] = row
-                    continue
-                mine = f".{socket.gethostname()}-{os.getpid()}"  # others may write it too
-                beside = self.cached(prompt).with_suffix(mine)
-                save_file(row, beside)
-                os.replace(beside, self.cached(prompt))
-        for encoder in encoders if new and self.text_offload else ():
-            encoder.to("cpu")
-
+    # ----------------------------------------------------------------------------------------------------------- text
     def encode(self, prompts: list[str]) -> Cond:
-        """Text to conditioning, first dimension the prompts; each prompt is encoded once, with text_cache once for all runs."""
+        """Text to conditioning. Each prompt is encoded once, with text_cache once for all runs.
+
+        Returns:
+            A dict of tensors (P, ...) on the device, in the order of the P prompts.
+        """
         self.remember(prompts)
         rows = [load_file(self.cached(p)) if self.text_cache else self._encoded[p] for p in prompts]
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
-    def call(self, reference: bool, **inputs) -> Tensor:
-        """The transformer, or with `reference` the untrained one, under autocast: its output in float32."""
-        model = self.reference if reference and self.reference is not None else self.transformer
-        adapters_off = reference and self.lora > 0
-        if adapters_off:
-            self.pipe.transformer.disable_adapters()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            v = model(**inputs, return_dict=False)[0]
-        if adapters_off:
-            self.pipe.transformer.enable_adapters()
-        return v.float()
+    @torch.no_grad()
+    def remember(self, prompts: list[str]) -> None:
+        """Encode the prompts that were never encoded, into memory or text_cache.
 
+        With text_offload the encoders visit the device for it. A run that calls this once with all of its prompts,
+        before it trains, never needs the encoders again.
+        """
+        # The prompts without an encoding, each once, in their order.
+        known = (lambda p: self.cached(p).exists()) if self.text_cache else self._encoded.__contains__
+        new = [p for p in dict.fromkeys(prompts) if not known(p)]
+        if not new:
+            return
+
+        # With text_offload the encoders were on the CPU until now; otherwise this changes nothing.
+        components = self.pipe.components.items()
+        text_encoders = [component for name, component in components if name.startswith("text_encoder") and component]
+        for encoder in text_encoders:
+            encoder.to(self.device)
+
+        # Batches of 32 bound the encoders' activations. Each row is stored by itself, since later batches mix the
+        # prompts in other ways.
+        for start in tqdm(range(0, len(new), 32), desc="prompts", file=sys.stderr, disable=len(new) < 256):
+            batch = new[start : start + 32]
+            cond = {name: value.cpu() for name, value in self.embed(batch).items()}
+            for i, prompt in enumerate(batch):
+                row = {name: value[i].clone() for name, value in cond.items()}
+                if self.text_cache:
+                    self._write(row, self.cached(prompt))
+                else:
+                    self._encoded[prompt] = row
+
+        if self.text_offload:
+            for encoder in text_encoders:
+                encoder.to("cpu")
+
+    def cached(self, prompt: str) -> Path:
+        """A prompt's file in text_cache, named by a hash of the prompt and of what else its encoding depends on."""
+        return Path(self.text_cache, hashlib.sha256(f"{self.encoders}\n{prompt}".encode()).hexdigest())
+
+    @cached_property
+    def encoders(self) -> str:
+        """A fingerprint of the encoders: class, length, guidance, and about sixteen values of each of their weights.
+
+        Two checkpoints may then share one text_cache. A hash of every weight would take minutes for T5's 4.8 billion.
+        """
+        words = [type(self).__name__, str(self.text_length), str(self.guided)]
+        for name, encoder in sorted(self.pipe.components.items()):
+            if name.startswith("text_encoder") and encoder:
+                for weight in encoder.parameters():
+                    sample = weight.flatten()[:: max(1, weight.numel() // 16)].float().cpu()
+                    words += [str(weight.dtype), sample.numpy().tobytes().hex()]
+        return "\n".join(words)
+
+    @staticmethod
+    def _write(row: Cond, file: Path) -> None:
+        """Write one encoding under a name of this process, then rename.
+
+        Other processes and runs may write the same prompt at this moment, and none must ever read half a file.
+        """
+        temporary = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
+        save_file(row, temporary)
+        os.replace(temporary, file)
+
+    # --------------------------------------------------------------------------------------------- sharding and saving
     def unshard(self, main_process: bool) -> None:
-        """Give the main process a whole transformer that it can call alone, to draw and to save; every process must call it."""
+        """Give the main process a whole transformer that it can call alone, to draw and to save.
+
+        Every process must call it, since gathering the pieces takes all of them.
+        """
+        # FSDP2: the weights keep the precision in which `shard` gathers them, so pictures stay what they were.
         if isinstance(self.transformer, FSDPModule):
             dtype = torch.bfloat16 if self.autocast else torch.float32
             self.pipe.transformer = unshard(self.transformer, main_process, dtype)
-        self.transformer = self.pipe.transformer  # without DDP, whose calls meet those of others
+
+        # DDP: the model inside the wrapper, whose calls would wait for the other processes.
+        self.transformer = self.pipe.transformer
 
     def save(self, folder: Path) -> None:
-        """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`."""
+        """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`.
+
+        The file of a LoRA carries its rank and alpha, or diffusers would assume alpha = rank and halve its effect.
+        """
         if self.lora:
             model = self.pipe.transformer
             weights, rank_and_alpha = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
             self.pipeline_class.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=rank_and_alpha)
         else:
             self.pipe.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+def check_pipeline(model: str, pipeline_class: type) -> None:
+    """Look at a checkpoint's index, before anything of it is loaded.
+
+    Args:
+        model: a local folder, or a hub id.
+        pipeline_class: what the checkpoint must be.
+
+    Raises:
+        ValueError: if it is missing, lacks a component, or is of another class; one sentence.
+    """
+    # A download that was cut short is named by what it lacks. In the index a component is a list (library, class); one
+    # that the pipeline does without has no library.
+    folder = Path(model)
+    try:
+        if folder.is_dir():
+            index = folder / "model_index.json"
+            if not index.is_file():
+                raise ValueError(f"--model {model}: no model_index.json there, so it is no diffusers pipeline")
+            config = json.loads(index.read_text())
+            for name, value in config.items():
+                if isinstance(value, list) and value[0] and not (folder / name).is_dir():
+                    raise ValueError(f"--model {model}: its component {name!r} is missing")
+        else:
+            config = DiffusionPipeline.load_config(model)
+    except (OSError, json.JSONDecodeError) as error:
+        raise cannot_be_loaded(model, error) from error
+    if config["_class_name"] != pipeline_class.__name__:
+        wrong_class = f"--model {model} is a {config['_class_name']}"
+        raise ValueError(f"{wrong_class}; a {pipeline_class.__name__} is needed here")
+
+
+def cannot_be_loaded(model: str, error: Exception) -> ValueError:
+    """What to raise for a library's error: it is long, and its first line says enough."""
+    return ValueError(f"--model {model} cannot be loaded: {str(error).strip().splitlines()[0]}")
+
+
+def load_pipeline(model: str, pipeline_class: type, dtype: torch.dtype, nf4: bool = False) -> DiffusionPipeline:
+    """Load a diffusers pipeline of one class.
+
+    Args:
+        model, pipeline_class: see `check_pipeline`.
+        dtype: of its weights.
+        nf4: store the linear layers of the transformer in 4 bits; see `four_bits`.
+
+    Raises:
+        ValueError: as `check_pipeline`, or if the weights cannot be read; one sentence.
+    """
+    check_pipeline(model, pipeline_class)
+    packing = {"quantization_config": four_bits(dtype)} if nf4 else {}
+    try:
+        return pipeline_class.from_pretrained(model, dtype=dtype, **packing)
+    except OSError as error:
+        raise cannot_be_loaded(model, error) from error
+
+
+def four_bits(dtype: torch.dtype) -> PipelineQuantizationConfig:
+    """QLoRA's NF4 (arXiv:2305.14314) for the transformer: 4.5 bits per weight, computed in `dtype`.
+
+    Each weight is one of 16 levels, which are quantiles of a normal distribution, times a scale. One float32 scale per
+    block of 64 weights adds half a bit: 4 + 32 / 64 = 4.5.
+    """
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return PipelineQuantizationConfig("bitsandbytes_4bit", settings, components_to_quantize=["transformer"])

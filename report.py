@@ -36,8 +36,11 @@ TREE_KEY = 2**31 + 1  # noise of the drawn tree
 
 def write(run) -> None:
     """Write the model, where it was trained, into OUT/model, and the three pictures into the run's folder."""
+    # The model first: a picture that fails must not cost it.
     if run.iteration:
         run.policy.save(run.out / "model")
+
+    # The same prompts and noises before and after; videos, shown as strips of nine frames, are three times as wide.
     before = load_file(run.out / "before.safetensors")["pictures"]
     prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
     columns = 6 if before.ndim == 4 else 2
@@ -55,14 +58,17 @@ def to_image(picture: Tensor) -> np.ndarray:
 
 def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns: int = 6) -> None:
     """A sheet of pairs: above before, below after, (B, 3, H, W) each."""
+    # A cell is as wide as its picture needs, between 2 and 6.5 inches, and holds two pictures and a title.
     rows = -(-len(prompts) // columns)
     aspect = before.shape[-2] / before.shape[-1]
-    width = min(6.5, max(2, 0.7 / aspect))  # inches
+    width = min(6.5, max(2, 0.7 / aspect))
     size = (width * columns, rows * (2 * width * aspect + 0.45))
     fig, axes = plt.subplots(2 * rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.set_xticks([]), ax.set_yticks([])
         ax.axis("off")
+
+    # Pair i stands in two rows: before above, after below.
     for i, prompt in enumerate(prompts):
         row, column = divmod(i, columns)
         for k, (picture, colour) in enumerate(((before[i], GREY), (after[i], BLUE))):
@@ -80,24 +86,31 @@ def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, 
 
 def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns: int = 6, side: int = 96) -> None:
     """before_after.mp4 and .gif: pairs of videos (B, F, 3, H, W), before on the left, each of about `side` pixels."""
+    # Small videos are enlarged by a whole factor. Large ones have players of their own; here every n-th pixel will do.
     enlarge, columns = max(1, side // before.shape[-1]), min(columns, len(before))
-    shrink = max(1, before.shape[-1] // (2 * side))  # large videos are for a player of their own
+    shrink = max(1, before.shape[-1] // (2 * side))
     before, after = before[..., ::shrink, ::shrink], after[..., ::shrink, ::shrink]
+
+    # Before and after side by side, two grey columns between them, a white frame around both.
     pairs = torch.cat([before, F.pad(after, (2, 0), value=0.5)], -1)  # (B, F, 3, H, 2 W + 2)
     pairs = F.pad(pairs.flatten(0, 1), (1, 1, 1, 1), value=1.0).unflatten(0, pairs.shape[:2])
     pixels = R.to_uint8(pairs.flatten(0, 1)).reshape(*pairs.shape[:2], *pairs.shape[-2:], 3)
     pixels = pixels.repeat(enlarge, 2).repeat(enlarge, 3)
+
+    # A wall of pairs, `columns` in each row, each below its prompt.
     rows = []
-    for at in range(0, len(pixels) // columns * columns, columns):
+    for first in range(0, len(pixels) // columns * columns, columns):
         cells = []
-        for video, prompt in zip(pixels[at : at + columns], prompts[at : at + columns]):
+        for video, prompt in zip(pixels[first : first + columns], prompts[first : first + columns]):
             title = Image.new("RGB", (video.shape[2], 16), "white")
             ImageDraw.Draw(title).text((4, 2), prompt, "black", ImageFont.load_default(10))
             titles = np.broadcast_to(np.asarray(title), (len(video), 16, video.shape[2], 3))
             cells.append(np.concatenate([titles, video], 1))
         rows.append(np.concatenate(cells, 2))
+
+    # The codec wants even sides.
     frames = np.concatenate(rows, 1)  # (F, height, width, 3)
-    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # the codec wants even sides
+    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
     imageio.mimwrite(path.with_suffix(".mp4"), frames, fps=8, macro_block_size=1)
     imageio.mimwrite(path.with_suffix(".gif"), frames, duration=125, loop=0)
 
@@ -111,24 +124,33 @@ def series(history: list[dict], name: str) -> tuple[list, list]:
 def curves(history: list[dict], path: Path) -> None:
     """Training reward with its within-prompt spread, held-out scores, the ratio and the gradient, seconds by part."""
     fig, axes = plt.subplots(1, 4, figsize=(18, 4))
+
+    # 1. The weighted reward: of training rollouts, with the spread that credit lives on, and of held-out prompts.
     x, mean = map(np.array, series(history, "reward_mean"))
     spread = np.array(series(history, "reward_std")[1])
     axes[0].fill_between(x, mean - spread, mean + spread, color=BLUE, alpha=0.2, lw=0, label="± std within a prompt")
     axes[0].plot(x, mean, color=BLUE, lw=1, label="training rollouts")
     axes[0].plot(*series(history, "heldout_reward"), color=ORANGE, marker="o", ms=4, label="held out (ODE)")
     axes[0].set(title="weighted reward", xlabel="iteration")
+
+    # 2. Each score of the held-out prompts, optimised or only watched.
     names = sorted({k for row in history for k in row if k.startswith("heldout_")} - {"heldout_reward"})
     for name, colour in zip(names, cycle((ORANGE, BLUE, GREEN, GREY, "#CC79A7", "#E69F00"))):
         axes[1].plot(*series(history, name), color=colour, marker="o", ms=4, label=name.removeprefix("heldout_"))
     axes[1].set(title="held-out scores", xlabel="iteration")
+
+    # 3. Is training healthy? docs/metrics.md says what to look for.
     for name, colour in (("grad_norm", BLUE), ("ratio_dev", ORANGE), ("kl", GREEN)):
-        axes[2].plot(*series(history, name), color=colour, lw=1, label=name)
+        if series(history, name)[0]:  # kl is there only with --kl
+            axes[2].plot(*series(history, name), color=colour, lw=1, label=name)
     axes[2].set(title="diagnostics", xlabel="iteration")
     axes[2].set_yscale("symlog", linthresh=1e-7)
-    parts = ("seconds_rollout", "seconds_decode", "seconds_reward", "seconds_train")
-    stacked, labels = [series(history, p)[1] for p in parts], [p.removeprefix("seconds_") for p in parts]
+
+    # 4. Where the time goes.
+    names = ("seconds_rollout", "seconds_decode", "seconds_reward", "seconds_train")
+    stacked, labels = [series(history, name)[1] for name in names], [name.removeprefix("seconds_") for name in names]
     axes[3].stackplot(x, stacked, labels=labels, colors=[BLUE, GREEN, GREY, ORANGE])
-    axes[3].set(title="seconds an iteration", xlabel="iteration")
+    axes[3].set(title="seconds per iteration", xlabel="iteration")
     for ax in axes:
         ax.legend(fontsize=8, framealpha=0.8)
         ax.grid(alpha=0.3)
@@ -141,13 +163,17 @@ def curves(history: list[dict], path: Path) -> None:
 def tree(run, path: Path) -> None:
     """Roll out the first held-out prompt's forest as in the last iteration, score it, and draw it with its credit."""
     args, policy = run.args, run.policy
+
+    # A rollout of its own, with noise that no training used; the clean estimate of every node is kept for its picture.
     schedule, prompt = schedule_of(args, max(0, args.iterations - 1)), run.heldout[0]
     forest, sampler = schedule.forest, run.sampler(schedule.sigmas)
     noise = generators(TREE_KEY, 0, range(1))
     out = rollout(policy, policy.encode([prompt]), forest, sampler, noise, args.micro_batch, keep_x0hat=True)
+
+    # Credit and pruning as in training. Videos are large, so each is cut to a strip of frames as soon as it is decoded.
     leaves = policy.decode(out.latents[-1][0])
     scores = R.score(run.rewards, leaves, [prompt] * forest.leaves)
-    pictures = [*(loop.strip(policy.decode(x[0])) for x in out.x0hat), loop.strip(leaves)]  # videos are large
+    pictures = [*(loop.strip(policy.decode(x[0])) for x in out.x0hat), loop.strip(leaves)]
     rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
     keep = prune(forest, ranking, args.width_prune, schedule.depth_window, schedule.trained_steps)
     draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)
@@ -155,8 +181,11 @@ def tree(run, path: Path) -> None:
 
 def draw_tree(forest, pictures, advantages, keep, rewards, path: Path) -> None:
     """Thumbnails (n_d, 3, H, W) at (depth, height), edges between them; rewards (leaves,) beside the leaves."""
+    # Node j of n at a depth is centred over the leaves below it: 16 leaves, 4 nodes -> heights 2, 6, 10, 14.
     fig, ax = plt.subplots(figsize=(1.35 * (forest.steps + 2), 0.62 * forest.leaves + 1.2))
     heights = [(np.arange(n) + 0.5) * forest.leaves / n for n in forest.sizes]
+
+    # Edges: colour is advantage, one scale for the whole tree, so that white is 0 everywhere.
     limit = max(1.0, max(float(a.abs().max()) for a in advantages))
     shade = plt.cm.ScalarMappable(plt.Normalize(-limit, limit), "coolwarm_r")
     for i in range(forest.steps):
@@ -164,17 +193,19 @@ def draw_tree(forest, pictures, advantages, keep, rewards, path: Path) -> None:
         lines = [((i, heights[i][p]), (i + 1, heights[i + 1][j])) for j, p in enumerate(parents)]
         trained = keep[i] & forest.stochastic(i)
         colours = [shade.to_rgba(a) if t else GREY for a, t in zip(advantages[i].tolist(), trained)]
-        dropped = forest.stochastic(i) & ~keep[i]
-        styles = ["dashed" if d else "solid" for d in dropped]
-        ax.add_collection(LineCollection(lines, colors=colours, linestyles=styles, lw=[3 if t else 1 for t in trained]))
+        styles = ["dashed" if pruned else "solid" for pruned in forest.stochastic(i) & ~keep[i]]
+        widths = [3 if t else 1 for t in trained]
+        ax.add_collection(LineCollection(lines, colors=colours, linestyles=styles, lw=widths))
+
+    # Nodes: their pictures, 64 pixels wide. Leaves: their rewards beside them.
     zoom = 64 / pictures[0].shape[-1]
     for d, level in enumerate(pictures):
         for j, picture in enumerate(level):
-            box = OffsetImage(to_image(picture), zoom=zoom)
-            frame = {"edgecolor": GREY, "lw": 0.5}
+            box, frame = OffsetImage(to_image(picture), zoom=zoom), {"edgecolor": GREY, "lw": 0.5}
             ax.add_artist(AnnotationBbox(box, (d, heights[d][j]), pad=0.05, bboxprops=frame))
     for j, r in enumerate(rewards.tolist()):
         ax.text(forest.steps + 0.52, heights[-1][j], f"{r:.2f}", va="center", fontsize=9)
+
     ax.set(xlim=(-0.6, forest.steps + 1.1), ylim=(forest.leaves + 0.2, -0.4), yticks=[])
     ax.set_xticks(range(forest.steps + 1), [f"{d}\nnoise" if d == 0 else f"{d}" for d in range(forest.steps + 1)])
     ax.set_xlabel("depth; clean estimate at each node. thick: trained; thin grey: deterministic; dashed: pruned")

@@ -26,8 +26,9 @@ Departures from the papers, and why:
 - Flow-CPS' code drops the factor 1/(2 std^2) and the constants of the density. Here that is an option
   (`density="upstream"`); the true density is the default.
 - The last step, to sigma_T = 0, is always `ode`: noise added there would never reach the reward.
-- The marginals of dance and flow equal the ODE's only as dt -> 0. In few steps they end noisier than sigma (with T = 10
-  and noise at all steps: flow at 0.7 ends 1.3 times as noisy, dance at 1.6 ends 3.1 times). Those of cps are exact.
+- The marginals of flow equal the ODE's only as dt -> 0, and dance's not even then: the noise of its last noisy step,
+  over sigma, grows with T. In few steps both end noisier than sigma (with T = 10 and noise at all steps: flow at 0.7
+  ends 1.3 times as noisy, dance at 1.6 ends 3.1 times). cps never does. docs/method.md has the table.
 """
 
 import math
@@ -151,8 +152,7 @@ def step_moments(
     return STEPS[kind](x, v, sigma, sigma_next, eta, sigma_1)
 
 
-# ---------------------------------------------------------------------------------------------- density, noise, the
-# tail
+# --------------------------------------------------------------------------------------------- density, noise, the tail
 def gaussian_logp_mean(x: Tensor, mean: Tensor, std: Tensor, density: str = "true") -> Tensor:
     """MEAN over the D dimensions of log N(x; mean, std^2 I), the policy's log-prob of one step.
 

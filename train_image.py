@@ -17,6 +17,7 @@ import hardware
 import launch
 import report
 from models import FluxPolicy
+from policy import check_pipeline
 from prompts import load_prompts
 
 
@@ -30,6 +31,8 @@ def job(argv: list[str] | None = None) -> tuple:
     parser = flags.parser(__doc__.splitlines()[0])
     args = hardware.parse(parser, argv)
     flags.resolve(args)
+    if not args.plan:
+        check_pipeline(args.model, FluxPolicy.pipeline_class)
     prompts, heldout = load_prompts(args, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
     policy = partial(FluxPolicy.load, args.model, args.height, args.width)
     return args, policy, (3, args.height, args.width), prompts, heldout

@@ -1,8 +1,8 @@
 """Trains a video model with BranchGRPO: `python train_video.py`, or `python train_video.py --method dancegrpo`.
 
-The sibling of train_image.py, step by step: the same flags, the same loop; the policy, the rewards and how results are shown
-differ. With no flag it takes the embedded default, a small real Wan that moves coloured shapes, and rewards that watch them. It
-writes before_after.mp4, .gif and .png, curves.png, tree.png, and OUT/model.
+The sibling of train_image.py, step by step: the same flags and the same loop; the policy, the rewards and how results
+are shown differ. With no flag it takes the embedded default, a small real Wan that moves coloured shapes, and rewards
+that watch them. It writes before_after.mp4, .gif and .png, curves.png, tree.png, and OUT/model.
 """
 
 from functools import partial
@@ -12,6 +12,7 @@ import hardware
 import launch
 import report
 from models import WanPolicy
+from policy import check_pipeline
 from prompts import load_prompts
 
 
@@ -25,6 +26,8 @@ def job(argv: list[str] | None = None) -> tuple:
     parser = flags.parser(__doc__.splitlines()[0], video=True)
     args = hardware.parse(parser, argv)
     flags.resolve(args)
+    if not args.plan:
+        check_pipeline(args.model, WanPolicy.pipeline_class)
     prompts, heldout = load_prompts(args, tiny / "video_train.txt", tiny / "video_heldout.txt")
     policy = partial(WanPolicy.load, args.model, args.height, args.width, args.frames)
     return args, policy, (args.frames, 3, args.height, args.width), prompts, heldout

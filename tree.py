@@ -178,8 +178,7 @@ def spread_splits(steps: int, branch: int, leaves: int, roots: int = 1) -> tuple
     return tuple(round(i * last / max(n - 1, 1)) for i in range(n))
 
 
-# ------------------------------------------------------------------------------------------------- credit: fusion, Eq.
-# 3
+# ------------------------------------------------------------------------------------------------ credit: fusion, Eq. 3
 def path_weights(path_logp: Tensor, nodes: int, beta: float) -> Tensor:
     """softmax_l(beta log p(l|n)) over the leaves below each of `nodes` nodes: (P, leaves) -> (P, nodes, leaves
     below)."""
@@ -204,8 +203,7 @@ def fuse(rewards: Tensor, path_logp: Tensor, forest: Forest, beta: float) -> lis
     centred = rewards.double() - rewards.double().mean(1, keepdim=True)  # (P, leaves)
 
     # One weighted mean per node. The part of a path above n is the same for all leaves below n: it adds a constant
-    # inside
-    # the softmax, which cancels. So whole-path sums serve every depth, and no sum from n to l has to be formed.
+    # inside the softmax, which cancels. So whole-path sums serve every depth, and no sum from n to l has to be formed.
     fused = []
     for n in forest.sizes:
         weights = path_weights(path_logp, n, beta)  # (P, n_d, leaves below)
@@ -221,8 +219,7 @@ def effective_leaves(path_logp: Tensor, forest: Forest, beta: float) -> Tensor:
     return 1 / (path_weights(path_logp, forest.roots, beta) ** 2).sum(-1)
 
 
-# --------------------------------------------------------------------------------------------- credit: advantages, Eq.
-# 4
+# -------------------------------------------------------------------------------------------- credit: advantages, Eq. 4
 EPS, EQUAL = 1e-4, 1e-6  # added to the std; a std below which rewards count as equal
 
 
@@ -306,8 +303,7 @@ def keep_leaves(forest: Forest, kept: Tensor) -> list[Tensor]:
     """Keep an edge after the last split only on the chain of a kept leaf: kept (P, leaves) bool -> T masks (P,
     n_{i+1})."""
     # After the last split every node has one leaf below it, so a mask of leaves is a mask of the edges of each such
-    # step.
-    # Split edges and all before them stay: they are shared by several leaves, kept ones among them.
+    # step. Split edges and all before them stay: they are shared by several leaves, kept ones among them.
     after = forest.last_split + 1
     return [kept if i >= after else torch.ones(len(kept), n, dtype=torch.bool) for i, n in enumerate(forest.sizes[1:])]
 
@@ -434,8 +430,8 @@ def count_variants(steps: int, branch: int, splits: tuple[int, ...], roots: int 
         counted = count(forest, intersect(keep_chosen(forest, 1), *masks))
         return {column: counted[column] for column in columns}
 
-    # The mix window of 4 changes the forest itself: mean over the places that it slides through (the paper's 17 for T =
-    # 20).
+    # The mix window of 4 changes the forest itself: mean over the
+    # places that it slides through (the paper's 17 for T = 20).
     windows = [range(start, start + 4) for start in range(max(1, steps - 3))]
     mixes = [count(make_forest(steps, branch, splits, roots, chosen=window)) for window in windows]
 
@@ -450,21 +446,20 @@ def count_variants(steps: int, branch: int, splits: tuple[int, ...], roots: int 
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- command
-# line
+# --------------------------------------------------------------------------------------------------------- command line
 def draw(forest: Forest) -> str:
     """The forest as text, one row per leaf, time from left (noise) to right (picture)."""
     rows = []
     for leaf in range(forest.leaves):
         row = "o" if leaf % (forest.leaves // forest.roots) == 0 else " "  # a root stands on the row of its first leaf
         for i, k in enumerate(forest.children):
-            # Leaves below the parent and below each child: the rows that they cover. `offset` counts rows from the
-            # parent's.
+            # Leaves below the parent and below each child: the rows that they
+            # cover. `offset` counts rows from the parent's.
             below_parent, below_child = forest.leaves // forest.sizes[i], forest.leaves // forest.sizes[i + 1]
             offset = leaf % below_parent
 
-            # A row that is no child's first leaf is drawn elsewhere; the line down to a later sibling may pass through
-            # it.
+            # A row that is no child's first leaf is drawn elsewhere; the line
+            # down to a later sibling may pass through it.
             if offset % below_child:
                 row += "│ " if offset < below_parent - below_child else "  "
             elif k == 1:

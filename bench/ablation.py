@@ -1,12 +1,14 @@
 """Which part of the method does the work? One change at a time, paired over seeds, losers kept.
 
 Question    What do branch noise, split schedule, K, fusion, advantage, pruning and the kind of step each contribute?
-Hypothesis  The paper's: s = 4 is best, early splits beat late ones, fusion by path probability is steadier than the mean,
-            depth-wise beats group advantage, depth pruning gives the best reward. Ours: cps beats dance where few steps are noisy.
-Metric      Held-out reward after the same updates, minus that of the group's first arm with the same seed.
-Rule        A change counts where Student's 95 % interval of the paired difference excludes 0; its variance is pooled over all
-            arms, since three seeds say little of their own. With two dozen changes one is expected to do so by chance. Most groups
-            share their first arm, the default: where its runs were lucky, all of them shift together. One learning rate for all.
+Hypothesis  The paper's: s = 4 is best, early splits beat late ones, fusion by path probability is steadier than the
+            plain mean, the depth-wise advantage beats the group advantage, depth pruning gives the best reward.
+            Ours: cps beats dance where few steps are noisy.
+Metric      Held-out reward after the same number of updates, minus that of the group's first arm with the same seed.
+Rule        A change counts where Student's 95 % interval of the paired difference excludes 0. Three seeds say little
+            about a variance, so it is pooled over all arms. With two dozen changes, one is expected to count by chance.
+            Most groups share their first arm, the default: where its runs were lucky, all of these groups shift
+            together. There is one learning rate for all arms.
 
     python bench/ablation.py             # 55 minutes on 2 cores
 """
@@ -16,10 +18,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-MIX = "--method branchgrpo-mix --mix 0 "
-ALL = "--method branchgrpo --sde cps --eta 0.7 "  # MIX's own kind of step
+MIX = "--method branchgrpo-mix --mix 0 "  # the default: noise at the splits only
+ALL = "--method branchgrpo --sde cps --eta 0.7 "  # every step noisy, by MIX's own kind of step
 FULL = "--method branchgrpo --sde dance --eta 0.8 "
-GROUPS = {  # group -> arm -> flags; the first arm, the one to compare with, is mostly the default, which runs once
+
+# Group -> arm -> flags. The first arm of a group, to which the others are compared, is mostly the default, which runs
+# once. Names are keys of the JSON: "splits alone" is noise at the splits only, "flash 3" a deterministic tail of three
+# steps.
+GROUPS = {
     "branch noise s (Eq. 2)": {"s = 4": MIX} | {f"s = {s}": MIX + f"--branch-noise {s}" for s in (1, 2, 8, "inf")},
     "splits": {
         "mixed 0,1,3,4": MIX,
@@ -51,66 +57,98 @@ GROUPS = {  # group -> arm -> flags; the first arm, the one to compare with, is 
 }
 
 
+def minus_first_arm(groups: dict, outcomes: dict, seeds: int) -> dict:
+    """Return group -> arm -> flags, rewards, seconds, and the differences from the group's first arm, seed by seed.
+
+    Args:
+        groups: group -> arm -> flags.
+        outcomes: "FLAGS seed S" -> reward and seconds of that run.
+        seeds: how many there are; they are numbered from 1.
+    """
+    result = {}
+    for group, arms in groups.items():
+        result[group] = {}
+        for arm, flags in arms.items():
+            cells = [outcomes[f"{flags} seed {s}"] for s in range(1, seeds + 1)]
+            seconds = float(np.median([c["seconds"] for c in cells]))
+            result[group][arm] = {"flags": flags, "rewards": [c["reward"] for c in cells], "policy_seconds": seconds}
+
+        # Runs of one seed share their prompts and their noise. The difference within a seed is therefore less noisy
+        # than the rewards are.
+        first = next(iter(result[group].values()))["rewards"]
+        for row in result[group].values():
+            row["minus_first"] = np.subtract(row["rewards"], first).tolist()
+    return result
+
+
+def pooled_spread(groups: dict, seeds: int) -> tuple[float, int]:
+    """Return the standard deviation of a paired difference, pooled over all arms, and its degrees of freedom.
+
+    std^2 = sum over arms and seeds of (difference - its arm's mean)^2 / (arms (seeds - 1)). First arms are left out,
+    since they differ from themselves by 0.
+    """
+    changes = [row["minus_first"] for rows in groups.values() for row in list(rows.values())[1:]]
+    freedom = len(changes) * (seeds - 1)
+    return float(np.sqrt(sum(np.var(c) * seeds for c in changes) / freedom)), freedom
+
+
 def draw(document: dict):
-    """Paired differences with intervals, a row for each arm, a block for each group."""
-    rows = [(g, arm, r) for g, arms in document["groups"].items() for arm, r in arms.items()]
+    """Draw the paired differences with their intervals: a row per arm, a colour per group."""
+    rows = [(group, arm, row) for group, arms in document["groups"].items() for arm, row in arms.items()]
     figure = plt.figure(figsize=(8, 0.27 * len(rows) + 1))
-    ax, names = figure.subplots(), list(document["groups"])
+    ax, groups = figure.subplots(), list(document["groups"])
+
     for y, (group, _, row) in enumerate(rows):
         mean, low, high = row["difference"]
-        colour = common.COLOURS[names.index(group) % 7]
+        colour = common.COLOURS[groups.index(group) % 7]
         ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
+
     ax.axvline(0, color="k", lw=0.8)
-    ax.set_yticks(range(len(rows)), [f"{g}: {arm}" for g, arm, _ in rows], fontsize=8)
+    ax.set_yticks(range(len(rows)), [f"{group}: {arm}" for group, arm, _ in rows], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("held-out reward minus that of the group's first arm, same seed")
     return figure
 
 
 def main() -> None:
-    """Run every arm and seed, print the table; JSON, figure."""
+    """Run every arm with every seed, and write the table, the JSON and the figure."""
     parser = common.parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="paired")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of every arm; arms are paired over them")
     parser.add_argument("--iterations", type=int, default=48, help="updates of every arm")
     args = parser.parse_args()
+
+    # A smoke run takes one small group, "advantage".
     seeds, iterations = (2, 2) if args.smoke else (args.seeds, args.iterations)
     groups = dict(list(GROUPS.items())[4:5]) if args.smoke else GROUPS
     shared = f" --leaves 16 --lr 1e-4 --lr-end 1 --iterations {iterations} --eval-every {max(1, iterations // 6)}"
     shared += " --eval-size 8 --prompts-per-iteration 1" if args.smoke else " --eval-size 128"
+
+    # Runs are named by their flags and not by their arm: an arm that stands in several groups runs once.
     tasks = {
-        f"{f} seed {s}": f"{f}{shared} --seed {s}"
-        for g in groups.values()
-        for f in g.values()
+        f"{flags} seed {s}": f"{flags}{shared} --seed {s}"
+        for arms in groups.values()
+        for flags in arms.values()
         for s in range(1, seeds + 1)
     }
-    found = {}
+    outcomes = {}
     for name, rows in common.train_all(args, "ablation", tasks).items():
-        seconds = float(np.mean([common.policy_seconds(r) for r in rows[1:]]))
-        found[name] = {"reward": common.final_reward(rows), "seconds": seconds}
-    result = {}
-    for group, arms in groups.items():
-        result[group] = {}
-        for arm, f in arms.items():
-            cells = [found[f"{f} seed {s}"] for s in range(1, seeds + 1)]
-            seconds = float(np.median([c["seconds"] for c in cells]))
-            result[group][arm] = {"flags": f, "rewards": [c["reward"] for c in cells], "policy_seconds": seconds}
-        first = next(iter(result[group].values()))["rewards"]
-        for row in result[group].values():
-            row["minus_first"] = np.subtract(row["rewards"], first).tolist()
-    changes = [row["minus_first"] for rows in result.values() for row in list(rows.values())[1:]]
-    freedom = len(changes) * (seeds - 1)
-    spread = float(np.sqrt(sum(np.var(c) * seeds for c in changes) / freedom))
+        seconds = float(np.mean([common.policy_seconds(row) for row in rows[1:]]))  # row 0 is the first evaluation
+        outcomes[name] = {"reward": common.final_reward(rows), "seconds": seconds}
+
+    # The half width of every interval is t std / sqrt(seeds), with the pooled std; a first arm has none.
+    result = minus_first_arm(groups, outcomes, seeds)
+    spread, freedom = pooled_spread(result, seeds)
     for group, rows in result.items():
         print(group)
-        for at, (arm, row) in enumerate(rows.items()):
+        for i, (arm, row) in enumerate(rows.items()):
             mean = float(np.mean(row["minus_first"]))
-            half = stats.t.ppf(0.975, freedom) * spread / seeds**0.5 * (at > 0)
+            half = stats.t.ppf(0.975, freedom) * spread / seeds**0.5 * (i > 0)
             row["difference"] = [mean, mean - half, mean + half]
             numbers = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row["difference"])
-            print(f"  {arm:<22} {np.mean(row['rewards']):.4f}   {numbers}   {row['policy_seconds']:.2f} s")
-    common.finish(
-        "ablation", args, {"groups": result, "seeds": seeds, "iterations": iterations, "spread": spread}, draw
-    )
+            print(f"  {arm:<22} {np.mean(row['rewards']):.4f}   {numbers}   {row['policy_seconds']:.2f} s/iter")
+
+    document = {"groups": result, "seeds": seeds, "iterations": iterations, "spread": spread}
+    common.finish("ablation", args, document, draw)
 
 
 if __name__ == "__main__":

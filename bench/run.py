@@ -1,8 +1,8 @@
 """Runs every benchmark in turn at its documented size, or with --smoke in seconds; a finished one is not repeated.
 
-python bench/run.py                  # what `make bench` runs: under 6 hours on 2 cores; stop it and start it again as you like
-python bench/run.py --video          # the comparison of video methods too, one more hour
-python bench/run.py --smoke          # what `make bench-smoke` runs
+python bench/run.py           # what `make bench` runs: under 6 hours on 2 cores; stop it and start it again as you like
+python bench/run.py --video   # the comparison of video methods too, one more hour
+python bench/run.py --smoke   # what `make bench-smoke` runs
 """
 
 import argparse
@@ -15,7 +15,7 @@ import common
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> hours on 2 cores
+HOURS = {  # `NAME flags` -> hours on 2 cores; each has the machine alone, and those that measure time come first
     "nfe": 0.02,
     "timing": 0.4,
     "overhead": 0.2,
@@ -30,34 +30,49 @@ HOURS = {  # each alone on the machine, those that time first; `NAME flags` -> h
 }
 
 
+def run_one(name: str, smoke: bool) -> bool:
+    """Run a benchmark, unless its result is there and was measured by the same command and code; say whether it failed.
+
+    Args:
+        name: a key of HOURS.
+        smoke: run it in seconds, always, and without its output.
+    """
+    script, *flags = shlex.split(name)
+    key = script + ("_video" if "--video" in flags else "")
+
+    # The marker holds all that the result depends on. It is written after the result.
+    marker = ROOT / f"runs/bench/{key}.done"
+    stamp = f"{name}\n{common.code()}\n{(ROOT / f'bench/{script}.py').read_text()}"
+    result = ROOT / f"bench/results/{key}.json"
+    if not smoke and result.exists() and marker.exists() and marker.read_text() == stamp:
+        return False
+
+    command = [sys.executable, str(ROOT / f"bench/{script}.py"), *flags, *["--smoke"] * smoke]
+    if subprocess.run(command, stdout=subprocess.DEVNULL if smoke else None).returncode:
+        return True
+    if not smoke:
+        marker.write_text(stamp)
+    return False
+
+
 def main() -> None:
     """Run them, then write RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--smoke", action="store_true", help="each in seconds, into runs/smoke")
-    only.add_argument("--video", action="store_true", help="the video methods too, which have no smoke of their own")
+    only.add_argument("--video", action="store_true", help="the video methods too, which have no smoke run")
     args = parser.parse_args()
-    done = ROOT / "runs/bench"
-    done.mkdir(parents=True, exist_ok=True)
+    (ROOT / "runs/bench").mkdir(parents=True, exist_ok=True)
+
+    # One that fails does not keep the others from running.
     names, failed = [n for n in HOURS if args.video or "--video" not in n], []
     with tqdm(total=round(sum(HOURS[n] for n in names), 2), unit="h", desc="benchmarks", file=sys.stderr) as bar:
         for name in names:
-            script, *flags = shlex.split(name)
-            key = script + ("_video" if "--video" in flags else "")
-            marker, stamp = (
-                done / f"{key}.done",
-                f"{name}\n{common.code()}\n{(ROOT / f'bench/{script}.py').read_text()}",
-            )
-            bar.set_postfix_str(key)
-            there = (ROOT / f"bench/results/{key}.json").exists() and marker.exists() and marker.read_text() == stamp
-            if args.smoke or not there:
-                flags = [*flags, "--smoke"] if args.smoke else flags
-                command = [sys.executable, str(ROOT / f"bench/{script}.py"), *flags]
-                if subprocess.run(command, stdout=subprocess.DEVNULL if args.smoke else None).returncode:
-                    failed.append(key)
-                elif not args.smoke:
-                    marker.write_text(stamp)
+            bar.set_postfix_str(shlex.split(name)[0] + "_video" * ("--video" in name))
+            if run_one(name, args.smoke):
+                failed.append(name)
             bar.update(HOURS[name])
+
     if not args.smoke:
         subprocess.run([sys.executable, str(ROOT / "bench/results.py")], check=True)
     if failed:

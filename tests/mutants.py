@@ -2,6 +2,7 @@
 
     make mutants            # all;   python tests/mutants.py 3 17    only these
 
+First the tests must be green on an unchanged copy.
 Each mutant is a file, a text that stands in it exactly once, and a wrong text. The tests run on a copy of the project, in a
 forked process, so that libraries are imported once. The last line counts; the exit code is 1 if a fault went unnoticed.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {"sde": "test_sde", "tree": "test_tree", "branchgrpo": "test_branchgrpo", "schedules": "test_schedules"}
 TESTS |= {
+    "flags": "test_flags",
     "policy": "test_policies",
     "models": "test_policies",
     "preference": "test_preference",
@@ -93,7 +95,11 @@ MUTANTS = [
     ("branchgrpo", ".float() * factor)", ".float())"),
     ("branchgrpo", "sampler.flash and not first and not last", "sampler.flash and not last"),
     ("branchgrpo", 'fields["parent"] = number[fields["parent"]]', "number.clamp_(0)"),
-    ("branchgrpo", "last = x0hat_before is None, i == forest.steps - 1", "last = x0hat_before is None, i == forest.steps"),
+    (
+        "branchgrpo",
+        "last = x0hat_before is None, i == forest.steps - 1",
+        "last = x0hat_before is None, i == forest.steps",
+    ),
     ("schedules", "(step,), chosen=(step, step + 1))", "(step,), chosen=(step,))"),
     ("schedules", "return range(start, start + args.mix)", "return range(start, start + args.mix - 1)"),
     ("schedules", "np.ceil(args.timestep_fraction", "np.floor(args.timestep_fraction"),
@@ -121,34 +127,39 @@ MUTANTS = [
     ("preference", "x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)", "x.permute(0, 1, 4, 7, 8, 5, 3, 2, 6, 9)"),
     ("policy", 'hashlib.sha256(f"{self.encoders}\\n{prompt}"', 'hashlib.sha256(f"{prompt}"'),
     ("policy", "normed.to(inputs[0].dtype)", "normed"),
-    ("hardware", 'fp32": 12 * trained / share', 'fp32": 8 * trained / share'),
+    ("flags", "3e-4 if args.lora else 1e-5,", "1e-5 if args.lora else 3e-4,"),
+    ("flags", "args.plan is None and config(Path(args.model)) == own", "args.plan is None"),
+    ("flags", 'name in (*PRUNE_FLAGS, "out", "resume")', 'name in ("out", "resume")'),
+    ("hardware", 'fp32": 12 * trained / pieces', 'fp32": 8 * trained / pieces'),
     ("hardware", "return 30 * (linear + attention) + outside", "return 30 * linear + outside"),
-    ("hardware", "share = gpus if args.fsdp else 1", "share = gpus"),
+    ("hardware", "pieces = gpus if args.fsdp else 1", "pieces = gpus"),
     ("hardware", "arch.saved[args.lora > 0]", "arch.saved[0]"),
     ("hardware", "rollout = sum(forward(b) for n in sizes[:-1]", "rollout = sum(forward(b) for n in sizes"),
-    ("hardware", "(nfe[0] + 3 * nfe[1], s)", "(nfe[0] + 2 * nfe[1], s)"),
+    ("hardware", "(nfe[0] + 3 * nfe[1], paper_seconds)", "(nfe[0] + 2 * nfe[1], paper_seconds)"),
     ("parallel", "module._buffers.update(sharded._buffers)", "pass"),
-    ("parallel", "zip(model, run.ema.shadow_params)", "zip(model, run.ema.shadow_params[::-1])"),
+    ("parallel", "zip(weights, run.ema.shadow_params)", "zip(weights, run.ema.shadow_params[::-1])"),
     ("parallel", "reshard_after_forward=True", "reshard_after_forward=None"),
 ]
 
 
-def survives(name: str, right: str, wrong: str) -> bool:
-    """Whether the tests stay green on a copy of the project with this fault."""
+def survives(name: str, right: str = "", wrong: str = "") -> bool:
+    """Whether the tests stay green on a copy of the project with this fault; without one, whether they are green at all."""
     import pytest
 
     with tempfile.TemporaryDirectory() as folder:
-        reference = (ROOT / "tests/reference").glob("*.*")
-        for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", *(ROOT / "tests").glob("*.py"), *reference]:
-            target = Path(folder) / path.relative_to(ROOT)
-            target.parent.mkdir(exist_ok=True, parents=True)
-            shutil.copy(path, target)
-        for part in ("tiny", "configs"):
-            shutil.copytree(ROOT / part, Path(folder) / part)
+        for pattern in ("*.py", "*.md", "pyproject.toml", "tests/*.py", "tests/reference/*.*"):
+            for path in ROOT.glob(pattern):
+                target = Path(folder) / path.relative_to(ROOT)
+                target.parent.mkdir(exist_ok=True, parents=True)
+                shutil.copy(path, target)
+        for directory in ("tiny", "configs", "docs"):
+            shutil.copytree(ROOT / directory, Path(folder) / directory)
         source = Path(folder) / f"{name}.py"
         text = source.read_text()
-        assert text.count(right) == 1, f"{name}.py must hold {right!r} exactly once"
-        source.write_text(text.replace(right, wrong))
+        if right:
+            assert text.count(right) == 1, f"{name}.py must hold {right!r} exactly once"
+            source.write_text(text.replace(right, wrong))
+
         child = os.fork()
         if child == 0:
             os.chdir(folder)
@@ -156,8 +167,9 @@ def survives(name: str, right: str, wrong: str) -> bool:
             sys.path[:0] = [folder, f"{folder}/tests"]
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1), os.dup2(null, 2)
-            order = sorted(TESTS.values(), key=lambda t: t != TESTS[name])  # its own tests first
-            code = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *(f"tests/{t}.py" for t in order)])
+            order = sorted(TESTS.values(), key=lambda test: test != TESTS[name])  # its own tests first
+            files = [f"tests/{test}.py" for test in dict.fromkeys(order)]
+            code = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *files])
             os._exit(int(code))
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -173,6 +185,9 @@ def main() -> int:
 
     sys.path = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
     sys.dont_write_bytecode = True
+    if not survives("sde"):  # a test that fails by itself would count every fault as noticed
+        sys.exit("the tests are red on an unchanged copy of the project: no fault was planted")
+    print("    green    an unchanged copy", flush=True)
     chosen = [int(a) for a in sys.argv[1:]] or range(len(MUTANTS))
     alive = []
     for i in chosen:

@@ -1,6 +1,7 @@
 """The benchmarks: each runs in seconds with --smoke and leaves what it promises; RESULTS.md is what the JSON says."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -44,122 +45,155 @@ def test_results_are_what_the_json_says():
     assert (HERE / "RESULTS.md").read_text() == results.document()
 
 
-def test_the_figures_of_the_readme_are_the_benchmarks():
-    """Whatever README takes from a benchmark is what its JSON says."""
-    text = " ".join((HERE / "README.md").read_text().split())
-    found = {
-        name: results.loaded(name) for name in ("timing", "overhead", "alignment", "diversity", "gradient", "scaling")
-    }
-    ratio = {name: f"{r['ratio']:.2f}".lstrip("0") for name, r in found["timing"]["rows"].items()}
-    flash, many = ratio["Mix, splits alone, flash 4"], ratio["Mix, splits alone, flash 4, 81"]
-    cost = {name: np.median(values) for name, values in found["overhead"]["ratios"].items()}
-    rate, arms = found["overhead"]["leaves_a_second"], found["alignment"]["table"]
-    best, width = arms["BranchGRPO-Mix, splits alone, flash"], arms["BranchGRPO + width"]
-    per_update = best["seconds_an_update"] / arms["DanceGRPO"]["seconds_an_update"]
-    spaces = found["diversity"]["features"]
-    one = {space: f"{rows['tree, one leaf of each']['p']:.2f}".lstrip("0") for space, rows in spaces.items()}
-    estimates = {name: r["one prompt"] for name, r in found["gradient"]["rows"].items()}
-    worth = {
-        n: "{:.2f} [{:.2f}, {:.2f}]".format(*r["units_over_base"]).replace("0.", ".") for n, r in estimates.items()
-    }
-    pruned = [worth[f"the same, {kind}-pruned"].split()[0] for kind in ("width", "depth")]
-    tails = found["diversity"]["tails"]
-    euler, four, three = (
-        f"{tails[name]['distance']['pixels']:.3f}"[1:] for name in ("Euler, 5 steps", "--flash 4", "--flash 3")
-    )
-    changed = {n: tails[f"--flash {n}"]["reward_minus_euler"] for n in (3, 4)}
-    law = found["scaling"]["slopes"]["reward"]["all"]
-    largest, mixgrpo = list(found["scaling"]["rows"].values())[-1], arms["MixGRPO"]
-    within = [found["diversity"]["within"][space]["4"][0] for space in ("OCR outputs", "pixels")]
-    ablated = {
-        arm: r["difference"] for arms in results.loaded("ablation")["groups"].values() for arm, r in arms.items()
-    }
-    lower = ("dance 0.8", "flow 0.7", "s = 2", "splits and a window", "late 4,5,6,7")
-    at = [f"({ablated[arm][0]:+.3f})" for arm in lower]
-    for words in (
-        f"the steps dance .8 {at[0]} and flow .7 {at[1]}, branch noise s = 2 {at[2]}, noisy steps beside the splits {at[3]}, late splits {at[4]}",
-        "is at the edge, {:+.3f} [{:+.3f}, {:+.3f}]".format(*ablated["over a group"]),
-        f"closer to the ODE's picture than five of Euler ({four} against {euler} of the distance",
-        f"pixels; ocr reward {changed[4]['ocr'][0]:.3f})".replace("-0.", "-."),
-        f"three a little farther ({three}; ocr +-.004, colour {changed[3]['colour'][0]:.3f})".replace("-0.", "-."),
-        "adds {:+.3f} [{:+.3f}, {:+.3f}] of reward".format(*law),
-        f"{largest['policy_seconds'] / largest['dance_seconds']:.2f} of DanceGRPO's policy seconds at {largest['leaves']}"[
-            1:
-        ],
-        "{:.2f} of the seconds, {:+.3f} [{:+.3f}, {:+.3f}] away".format(
-            mixgrpo["seconds_an_update"] / arms["DanceGRPO"]["seconds_an_update"], *mixgrpo["final_minus_dance"]
-        )[1:],
-        f"lie {within[0]:.2f} and {within[1]:.2f} times".replace(" 0.", " ."),
-        f"the tree {worth[gradient.TREE]}, width-pruned {pruned[0]}, depth-pruned {pruned[1]}, the tree with its splits alone noisy {worth[gradient.SPLITS]}",
-        f"BranchGRPO {ratio['BranchGRPO']}, with width pruning {ratio['+ width (Parent-Top1)']}, with depth pruning"
-        f" {ratio['+ depth, window 5']}, Mix {ratio['Mix, window 4']}, its splits alone {ratio['Mix, splits alone']},"
-        f" with a flash tail {flash}; of 81 leaves {many}.",
-        f"costs {cost['rollout over bare calls']:.2f} times the bare model calls in rollout and"
-        f" {cost['training over bare forward and backward']:.2f} times in training",
-        f"an iteration is {cost['one node at a time, iteration']:.1f} times faster",
-        f"takes {per_update:.2f}".replace("0.", ".") + " of the policy seconds an update",
-        "and ends {:+.3f} [{:+.3f}, {:+.3f}] away".format(*best["final_minus_dance"]),
-        f"final reward in {best['median_share']:.2f}".replace("0.", ".") + " of its",
-        "ends lower, {:+.3f} [{:+.3f}, {:+.3f}]".format(*width["final_minus_dance"]),
-        f"p = {one['OCR outputs']} with OCR outputs and {one['pixels']} with pixels",
-        f"score {rate['2'] / rate['1']:.2f} times as many leaves a second",
-    ):
-        assert words in text, words
+def test_the_docs_say_what_results_say():
+    """docs/benchmarks.md has every benchmark's finding and command, word for word and number for number."""
+    text = " ".join((HERE / "docs/benchmarks.md").read_text().replace("\\\n", "").split())
+    for name, (_, _, show) in results.SECTIONS.items():
+        d = results.loaded(name)
+        assert show(d).finding in text, name
+        assert " ".join(d["command"].split()) in text, name
 
 
-def test_the_benchmarks_keep_what_readme_says_of_them():
-    """What README says in words: unchanged, nothing gained, not told apart, within a tenth."""
-    found = {name: results.loaded(name) for name in ("timing", "diversity", "gradient", "scaling")}
-    estimates = {name: r["one prompt"]["cosine"] for name, r in found["gradient"]["rows"].items()}
-    assert [name for name, (_, low, high) in estimates.items() if not low < 1 < high] == ["the same, width-pruned"]
-    assert max(map(abs, found["diversity"]["tails"]["--flash 3"]["reward_minus_euler"]["ocr"][1:])) < 0.0045
-    groups = results.loaded("ablation")["groups"].values()
-    ablated = {arm: r["difference"] for arms in groups for arm, r in list(arms.items())[1:]}
-    apart = {arm for arm, (_, low, high) in ablated.items() if not low < 0 < high}
-    assert len(ablated) == 23 and apart == {"dance 0.8", "flow 0.7", "s = 2", "splits and a window", "late 4,5,6,7"}
+def test_results_are_easy_to_read():
+    """At most six columns, one sentence per finding, lines of 120 columns, leading zeros, no words of our own."""
+    text = (HERE / "RESULTS.md").read_text()
+    for line in text.splitlines():
+        assert line.startswith(("|", "![")) or len(line) <= 120, line
+        assert line.count(" | ") <= 5, line
+        assert not re.search(r"(^|[^\w.])[-+]?\.\d", line), line
+    for name, (_, _, show) in results.SECTIONS.items():
+        finding = show(results.loaded(name)).finding
+        assert finding.endswith(".") and not re.search(r"\. [A-Z]", finding), finding
+    docs = (HERE / "docs/benchmarks.md").read_text().partition("Some names inside are older")[0]
+    for word in ("splits alone", "policy seconds", "the same,", "seconds an ", "units to signal"):
+        assert word not in text and word not in docs, word
+
+
+def test_links_to_headings_point_at_headings():
+    """Every link of RESULTS.md and docs/benchmarks.md goes to a file that exists and a heading that it has."""
+    for path in (HERE / "RESULTS.md", HERE / "docs/benchmarks.md"):
+        for link in re.findall(r"\]\(((?!http)[^)]+)\)", path.read_text()):
+            file, _, fragment = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.exists(), link
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if fragment else []
+            assert not fragment or f"#{fragment}" in map(results.anchor, titles), link
+
+
+def test_verdicts_follow_from_intervals():
+    """By hand: above 0, across it, below it; the same for a claim that a value lies below 0."""
+    above, across, below = (2, 1, 3), (0.5, -1, 2), (-2, -3, -1)
+    assert [results.verdict(x) for x in (above, across, below)] == ["seen", "not told apart", "contradicted"]
+    assert [results.verdict(x, -1) for x in (above, across, below)] == ["contradicted", "not told apart", "seen"]
+
+    # A time of 0.45 may be a tenth above, 0.495; counts may be half a per cent off.
+    rows = {"a": {"ratio": 0.5, "ratio_interval": [0.496, 0.51]}, "MixGRPO, window 5": {"ratio": 1.0}}
+    assert results.claim_time("a", 0.45)({"rows": rows})[1] == "contradicted"
+    rows["a"] = {"ratio": 0.45, "ratio_interval": [0.44, 0.49]}
+    assert results.claim_time("a", 0.45)({"rows": rows})[1] == "seen"
+
+
+def test_the_verdicts_are_these():
+    """What the documents decide today: a new measurement that changes a verdict must be noticed."""
+    lines = [line.strip("| ").split(" | ") for line in results.claims().splitlines()[2:]]
+    found = {re.match(r"\[(.*?)\]\(", claim)[1]: said for claim, _, said in lines}
+    assert len(found) == len(results.CLAIMS)
+    kinds = {
+        "seen": ("Model evaluations", "BranchGRPO takes", "BranchGRPO with width pruning takes")
+        + ("BranchGRPO with depth pruning takes", "Early splits", "Leaves of trees", "Reward rises with K")
+        + ("Training raises",),
+        "contradicted": ("BranchGRPO-Mix takes", "BranchGRPO with width pruning ends"),
+        "not told apart": ("BranchGRPO ends", "BranchGRPO with depth pruning ends", "BranchGRPO-Mix ends")
+        + ("Depth pruning gives", "Branch noise s = 4", "The advantage per depth", "Reward rises with 3, 4, 5"),
+        "not measured": ("With 81 leaves", "Fusion", "FLUX.1-dev with", "FLUX.1-dev: MMD^2", "Wan2.1"),
+    }
+    for kind, starts in kinds.items():
+        claimed = {claim for claim, said in found.items() if said == kind}
+        assert len(claimed) == len(starts) and all(claim.startswith(starts) for claim in claimed), kind
+
+
+def test_the_words_around_the_numbers_hold():
+    """What RESULTS.md says in words that are not computed: within a tenth, in every seed, nothing else is biased."""
+    found = {name: results.loaded(name) for name in results.SECTIONS}
+
+    # timing: counting is right within a tenth; Table 1's NFE are of 219 nodes over 16 leaves.
+    over = [round(r["ratio"] / r["ratio_counted"], 2) for r in found["timing"]["rows"].values()]
+    assert min(over) >= 0.9 and max(over) <= 1.1
+    assert found["nfe"]["rows"]["BranchGRPO"]["nodes"] == 219 / 16
+    kept = {n: found["nfe"]["rows"][n]["kept"] for n in ("+ width (Parent-Top1)", "+ width (Extreme-4)")}
+    assert {*kept.values(), found["nfe"]["rows"]["+ depth, window 5"]["kept"]} == {8.625}
+
+    # alignment: depth pruning is not the best arm.
+    final = {arm: np.mean(r["final_reward"]) for arm, r in found["alignment"]["table"].items()}
+    assert max(final, key=final.get) != "BranchGRPO + depth"
+
+    # scaling: at equal time 8 and 256 leaves end lower than 16 in every seed, and no doubling helps.
+    at_time = {r["leaves"]: np.array(r["reward_at_time"]) for r in found["scaling"]["rows"].values()}
+    assert all((at_time[n] < at_time[16]).all() for n in (8, 256))
     _, low, high = found["scaling"]["slopes"]["reward_at_time"]["all"]
     assert low < 0 < high
-    at_time = {r["leaves"]: np.array(r["reward_at_time"]) for r in found["scaling"]["rows"].values()}
-    assert all((at_time[n] < at_time[16]).all() for n in (8, 256))  # every seed
-    sequential = [found["diversity"]["features"][s]["sequential, other noises"]["p"] for s in ("OCR outputs", "pixels")]
-    assert [f"{p:.2f}"[1:] for p in sequential[:1]] + [f"{p:.3f}"[1:] for p in sequential[1:]] == [".24", ".045"]
-    for rows in found["diversity"][
-        "features"
-    ].values():  # the rule of diversity.py, and the bound of the paper's project page
-        assert all(
-            (r["p"] < 0.05) == name.startswith("control")
-            for name, r in rows.items()
-            if "one leaf" in name or "control" in name
-        )
-        assert all(r["mmd2"] < 0.019 for name, r in rows.items() if "all 16" in name)
-    over = {name: round(r["ratio"] / r["ratio_counted"], 2) for name, r in found["timing"]["rows"].items()}
-    assert max(over.values()) == over["Mix, splits alone, flash 4"] == 1.10
+
+    # gradient: one estimate is biased; the trees are those of the benchmark.
+    cosines = {name: r["one prompt"]["cosine"] for name, r in found["gradient"]["rows"].items()}
+    assert [name for name, (_, low, high) in cosines.items() if not low < 1 < high] == ["the same, width-pruned"]
+    assert (results.TREE, results.SPLITS_TREE) == (gradient.TREE, gradient.SPLITS)
+    units = {name: r["units"] for name, r in found["gradient"]["rows"].items()}
+    assert units["the same, width-pruned"] == units["the same, depth-pruned"]
+
+    # diversity: one leaf per tree is not told apart, both controls are; all leaves lie beyond the quantile.
+    for rows in found["diversity"]["features"].values():
+        for name, r in rows.items():
+            if "one leaf" in name or "control" in name:
+                assert (r["p"] < 0.05) == name.startswith("control"), name
+            assert "all 16" not in name or r["null_95"] < r["mmd2"] < 0.019, name
+
+    # ablation: the advantage per group is at the edge, and chance makes one in twenty.
+    changes = sum(len(arms) - 1 for arms in found["ablation"]["groups"].values())
+    assert round(0.05 * changes) == 1
+    assert 0 < found["ablation"]["groups"]["advantage (Eq. 4)"]["over a group"]["difference"][2] < 0.0015
+
+
+def test_every_row_has_a_name_that_explains_itself():
+    """No row of RESULTS.md refers to the row above it, and every name that is translated occurs in a document."""
+    text = "".join((HERE / f"bench/results/{name}.json").read_text() for name in results.SECTIONS)
+    assert [name for name in results.NAMES if json.dumps(name) not in text] == []
+    assert "| the same" not in (HERE / "RESULTS.md").read_text()
+
+
+def test_wrapped_commands_are_the_same_commands():
+    for command in (results.ALIGNMENT_VIDEO, f'FLUX="{results.PLACES["FLUX"]}" {results.EVALUATE}'):
+        wrapped = results.shell(command)
+        assert "\n" in wrapped and max(map(len, wrapped.splitlines())) <= 120
+        assert [w.split() for w in shlex.split(wrapped.replace("\\\n", ""))] == [
+            w.split() for w in shlex.split(command)
+        ]
 
 
 def test_the_commands_for_gpus_parse():
     """RESULTS.md's script: every flag is known and goes with the others."""
     script = results.on_gpus().partition("```sh\n")[2].partition("```")[0]
-    names = {
+    files = {
         "hpdv2_train.txt": "prompts_train.txt",
         "hpdv2_test.txt": "prompts_heldout.txt",
         "PROMPTS": "video_train.txt",
     }
-    text, files = script, {name: str(HERE / "tiny" / ours) for name, ours in names.items()}
-    places = dict(line.split("=", 1) for line in text.splitlines()[:3])
-    seen = 0
-    for line in text.splitlines()[3:]:
+    files = {name: str(HERE / "tiny" / ours) for name, ours in files.items()}
+
+    # The first three commands define what the others have in common; long ones go on after a backslash.
+    definitions, commands = script.replace("\\\n", "").splitlines()[:3], script.replace("\\\n", "").splitlines()[3:]
+    places = dict(line.split("=", 1) for line in definitions)
+    for line in commands:
         for name, flags in places.items():
             line = line.replace(f"${name}", flags.strip('"'))
         _, program, *argv = shlex.split(line)
+
+        # A benchmark gets the flags of its runs in one argument and writes a document of its own name.
         if program.startswith("bench/"):
             assert (HERE / program).exists() and argv[-2] == "--name" and argv[-1] in results.GPU
             argv = shlex.split(argv[argv.index("--flags") + 1]) + ["--video"] * ("--video" in argv)
-        video = "--video" in argv
-        script = {True: train_video, False: train_image}[video]
-        argv = [a for a in argv if a != "--video"]
-        assert script.job([files.get(a, a) for a in argv])
-        seen += 1
-    assert seen == 2 * 8 - 1 + 3
+        train = train_video if "--video" in argv else train_image
+        assert train.job([files.get(a, a) for a in argv if a != "--video"])
+    assert len(commands) == 2 * 8 - 1 + 3
 
 
 def test_every_docstring_asks_answers_and_decides():
@@ -189,7 +223,7 @@ def test_mmd2_is_unbiased_and_sees_a_shift():
 
 @pytest.mark.parametrize("share, repeats", [(1, 1), (4, 1), (1, 3)])
 def test_p_is_uniform_where_nothing_differs(share, repeats):
-    """Samples share a prompt that moves them: p stays uniform, alone, where four samples share it, and for three pairs of sets."""
+    """Samples share a prompt that moves them: p stays uniform, alone, with four per prompt and for three pairs."""
     rng, ps = np.random.default_rng(1), []
     for _ in range(200):
         prompt = rng.normal(size=(60 // share, 1, 3)).repeat(share, 1).reshape(-1, 3) * 3
@@ -206,7 +240,10 @@ def test_siblings_that_are_all_alike_are_rejected():
 
 
 def test_gradient_moments_are_without_bias():
-    """Of prompts (3, 4, 0) + their own (0, 0, +-5) and noise: every estimate comes out, and intervals hold the truth as often as they say."""
+    """Of prompts (3, 4, 0) + their own (0, 0, +-5) and noise: every estimate comes out.
+
+    The intervals hold the truth as often as they say.
+    """
     rng, inside, found_all = np.random.default_rng(0), [], []
     for _ in range(60):
         own = np.concatenate([np.tile([3.0, 4.0], (24, 1)), rng.choice([-5.0, 5.0], size=(24, 1))], 1)
@@ -255,6 +292,29 @@ def test_seconds_to_a_mark_by_hand():
     assert table["slower"]["final_minus_dance"][0] == -1 and table["faster"]["seconds_an_update"] == 2
     assert table["faster"]["all_seconds_an_update"] == 12 and list(table["faster"]["final_scores"]) == ["ocr"]
     assert table["faster"]["area"][0] == 2.5
+
+
+@pytest.mark.parametrize("name", ["alignment", "alignment_video"])
+def test_the_table_of_the_json_follows_from_its_curves(name):
+    d = results.loaded(name)
+    table = json.loads(json.dumps(alignment.compare(d["curves"])))
+    assert {
+        arm: row | {"raw_seconds_an_update": d["table"][arm]["raw_seconds_an_update"]} for arm, row in table.items()
+    } == d["table"]
+
+
+@pytest.mark.parametrize("name", ["alignment", "alignment_video"])
+def test_the_figure_shows_four_arms_that_differ(name):
+    """One panel; every line has a label, a colour, a style and a marker of its own, and goes through the means."""
+    d = results.loaded(name)
+    (ax,) = (figure := alignment.draw(d)).axes
+    assert len(ax.lines) == 4 == len({line.get_label() for line in ax.lines})
+    styles = [alignment.PANEL[arm][1:] for arm in alignment.PANEL if arm in d["curves"]][:4]
+    assert all(len(set(kind)) == 4 for kind in zip(*styles))
+    dance = d["curves"]["DanceGRPO"]
+    assert ax.lines[0].get_ydata() == pytest.approx(np.mean([c["reward"] for c in dance], 0))
+    assert ax.lines[0].get_xdata() == pytest.approx(dance[0]["seconds"])
+    alignment.plt.close(figure)
 
 
 def test_halving_ends_with_one():

@@ -1,4 +1,4 @@
-"""The algorithm end to end on a toy policy of 40 parameters, in float64: every number against a walk over explicit nodes."""
+"""The algorithm end to end on a toy policy of 48 parameters, in float64: every number against a walk over nodes."""
 
 import subprocess
 import sys
@@ -40,14 +40,17 @@ DIM = 6
 
 @pytest.fixture(autouse=True)
 def float64():
-    """Everything in double precision, so that tolerances are those of mathematics."""
+    """Everything in double precision, so that no tolerance has to make room for rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 class Toy:
-    """v(x, sigma, prompt) = tanh(W x + b sigma) + shift(prompt) g, a policy as policy.py describes; calls are recorded."""
+    """A policy as policy.py describes, with recorded calls: v = (tanh(W x + b sigma) + shift g) (1 + shift/5).
+
+    shift is a prompt's: 0.3 for each of its letters.
+    """
 
     latent_shape = SHAPE
 
@@ -71,10 +74,9 @@ class Toy:
     def velocity(self, x, sigma, cond, reference=False):
         self.calls.append(len(x))
         assert sigma.shape == (len(x),) and all(len(c) == len(x) for c in cond.values())
-        p = self.reference if reference else dict(self.transformer.named_parameters())
-        v = torch.tanh(x.flatten(1) @ p["w"].to(x).T + p["b"].to(x) * sigma[:, None]) + cond["shift"].to(x) * p["g"].to(
-            x
-        )
+        parameters = self.reference if reference else dict(self.transformer.named_parameters())
+        w, b, g = (parameters[name].to(x) for name in ("w", "b", "g"))
+        v = torch.tanh(x.flatten(1) @ w.T + b * sigma[:, None]) + cond["shift"].to(x) * g
         return v.view_as(x) * cond["scale"].to(x)
 
     def numpy(self, prompt, theta=None):
@@ -114,6 +116,8 @@ def rolled(forest, sampler, trees, seed=0, **kwargs):
     policy = Toy()
     slots = range(len(PROMPTS))
     out = rollout(policy, policy.encode(PROMPTS), forest, sampler, generators(seed, 7, slots), **kwargs)
+
+    # The same generators give the same noises: first the roots', then depth by depth.
     sigmas = oracle.sigma_schedule(forest.steps, 3.0)
     for tree, prompt, g in zip(trees, PROMPTS, generators(seed, 7, slots)):
         initial, noises = torch.randn(forest.roots, *SHAPE, generator=g).numpy(), {}
@@ -127,6 +131,7 @@ def rolled(forest, sampler, trees, seed=0, **kwargs):
 
 
 def rewards_for(forest, seed=0):
+    """Leaf rewards (P, leaves)."""
     return np.random.default_rng(seed).normal(size=(len(PROMPTS), forest.leaves))
 
 
@@ -135,6 +140,8 @@ def credited(forest, trees, out, beta=1.0, width=None, depth=None):
     rewards = rewards_for(forest)
     advantages = credit(out, forest, torch.from_numpy(rewards), beta, 5.0)
     keep = prune(forest, torch.from_numpy(rewards), width, depth)
+
+    # The oracle marks its own nodes and edges.
     for tree, r in zip(trees, rewards):
         oracle.fuse(tree, r.tolist(), beta)
         oracle.depth_advantages(tree)
@@ -149,6 +156,7 @@ def credited(forest, trees, out, beta=1.0, width=None, depth=None):
 
 
 def settings(**changed):
+    """The options that `update` reads."""
     args = {"clip": 0.05, "kl": 0.0, "micro_batch": 0, "max_grad_norm": 0.0}
     return SimpleNamespace(**(args | changed))
 
@@ -160,6 +168,8 @@ def step(policy, edges, sampler, prompts=PROMPTS, accelerator=None, **changed):
     accelerator = accelerator or Accelerator(cpu=True)
     log = update(policy, optimizer, accelerator, edges, policy.encode(prompts), sampler, settings(**changed))
     gradient = before - policy.flat()
+
+    # The parameters are put back, so that the next step starts from the same.
     with torch.no_grad():
         torch.nn.utils.vector_to_parameters(torch.from_numpy(before), policy.trainable())
     return log, gradient
@@ -168,7 +178,7 @@ def step(policy, edges, sampler, prompts=PROMPTS, accelerator=None, **changed):
 ALL = torch.arange(len(PROMPTS))
 
 
-# --------------------------------------------------------------------------------------------------------------- rollout
+# -------------------------------------------------------------------------------------------------------------- rollout
 FORESTS = [
     {},
     {"branch": 3, "splits": (1,), "roots": 2},
@@ -185,12 +195,16 @@ def test_the_tail_is_dpm_solver_of_diffusers(tail, splits):
     for name, value in (("iterations", 9), ("seed", 0), ("timestep_fraction", 1.0), ("depth_prune", None)):
         setattr(args, name, value)
     args.flash, args.shift = tail, 3.0
+
+    # The noise levels: up to the last noise as without a tail, then even in u.
     schedule, policy = schedule_of(args, 0), Toy()
     k, forest = splits[-1] + 1, schedule.forest
     assert forest.steps == k + tail and forest.leaves == 2 ** len(splits)
     torch.testing.assert_close(schedule.sigmas[: k + 1], sigma_schedule(10, 3.0)[: k + 1])
     u = schedule.sigmas[k:] / (3 - 2 * schedule.sigmas[k:])  # undo the shift: the tail's steps are even
     assert u.diff().std() < 1e-12 or tail == 1
+
+    # Our rollout, then diffusers' walk from where our tail began.
     sampler = Sampler(schedule.sigmas, "cps", 0.7, flash=True)
     out = rollout(policy, policy.encode(PROMPTS), forest, sampler, generators(0, 0, range(3)))
     solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -220,6 +234,7 @@ def test_second_order_steps_are_nearer_to_the_fine_walk_than_euler():
             before = x0hat
         return x
 
+    # In twelve steps, against Euler's in four thousand.
     exact = walk(4000, False)
     ends = {better: (walk(12, better) - exact).abs().max() for better in (False, True)}
     assert ends[True] < ends[False] / 2
@@ -268,7 +283,7 @@ def test_siblings_without_noise_of_their_own_are_equal():
 
 
 def test_children_average_to_the_step_of_their_own_parent(k=3000):
-    """The mean of K independent children is within 6 std/sqrt(K) of the step's mean from their parent, for each parent."""
+    """For each parent, the mean of its K independent children is within 6 std/sqrt(K) of the step's mean from it."""
     forest = make_forest(3, k, (1,), roots=2)
     sampler = Sampler(sigma_schedule(3, 3.0), "flow", 0.7, float("inf"))
     policy = Toy()
@@ -277,8 +292,8 @@ def test_children_average_to_the_step_of_their_own_parent(k=3000):
     for p, prompt in enumerate(PROMPTS):
         for parent in range(2):
             x = out.latents[1][p, parent].numpy()
-            pair = (policy.numpy(prompt)(x, sigmas[1]), sigmas[1], sigmas[2], 0.7, sigmas[1])
-            mean, std = oracle.step_moments("flow", x, *pair)
+            v = policy.numpy(prompt)(x, sigmas[1])
+            mean, std = oracle.step_moments("flow", x, v, sigmas[1], sigmas[2], 0.7, sigmas[1])
             children = out.latents[2][p].unflatten(0, (2, k))[parent]
             assert np.abs(children.mean(0).numpy() - mean).max() < 6 * std / np.sqrt(k)
             assert np.abs(children.std(0).numpy() / std - 1).max() < 6 / np.sqrt(2 * k)
@@ -295,8 +310,8 @@ def test_one_call_a_depth_for_all_prompts_and_nodes():
 @pytest.mark.parametrize("micro_batch", [1, 4, 6, 100])
 def test_micro_batches_change_nothing(micro_batch):
     _, whole = rolled(*case())
-    _, parts = rolled(*case(), micro_batch=micro_batch)
-    for a, b in zip(whole.latents + whole.logp_mean, parts.latents + parts.logp_mean):
+    _, batched = rolled(*case(), micro_batch=micro_batch)
+    for a, b in zip(whole.latents + whole.logp_mean, batched.latents + batched.logp_mean):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
@@ -322,9 +337,12 @@ def test_a_rollout_is_keyed_by_seed_iteration_and_slot():
     policy, prompts = Toy(), ["p", "qq", "rrr", "ssss"]
     batch = rollout(policy, policy.encode(prompts), forest, sampler, generators(5, 9, range(4)))
     alone = rollout(policy, policy.encode(prompts[3:]), forest, sampler, generators(5, 9, range(3, 4)))
+
+    # The initial noise is equal bit for bit; sums may be rounded differently in another batch.
     assert torch.equal(batch.latents[0][3:], alone.latents[0])
     for a, b in zip(batch.latents + batch.logp_mean, alone.latents + alone.logp_mean):
         torch.testing.assert_close(a[3:], b, rtol=1e-12, atol=1e-13)
+
     keys = [(5, 9, 3), (5, 9, 2), (5, 8, 3), (6, 9, 3), (9, 5, 3), (3, 9, 5)]
     firsts = [torch.randn(4, generator=generators(a, b, range(c, c + 1))[0]) for a, b, c in keys]
     assert len({tuple(f.tolist()) for f in firsts}) == len(keys)
@@ -392,13 +410,15 @@ def test_prune_keeps_the_oracles_edges(width, depth, chosen):
 def check_gather(out, forest, trees, keep, advantages, prompts, loss_weight):
     """flatten_edges() against an enumeration: by step, by prompt, by parent, by child."""
     edges = flatten_edges(out, forest, keep, advantages, torch.tensor(prompts), loss_weight)
-    rows, columns = [], []
+    rows, columns = [], []  # (parent, step, prompt) of every row, (row, edge) of every edge
     for i in range(7):
         for p in prompts:
             for parent in trees[p].level(i):
                 trained = [e for e in parent.children if e.kept and trees[p].stochastic(i)]
                 columns += [(len(rows), e) for e in trained]
                 rows += [(parent, i, p)] * bool(trained)
+
+    # Whole numbers first, then what was stored of the rollout, then credit.
     assert len(rows) > 0 and edges.step.tolist() == [r[1] for r in rows]
     assert edges.prompt.tolist() == [r[2] for r in rows]
     assert edges.parent.tolist() == [c[0] for c in columns]
@@ -422,8 +442,8 @@ def test_gather_enumerates_the_trained_edges(prompts, width, depth, loss_weight,
 
 
 @pytest.mark.parametrize("chosen", [None, {1, 4}])
-@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
-def test_gather_takes_any_mask(share, chosen):
+@pytest.mark.parametrize("fraction", [0.3, 0.7, 1.0])
+def test_gather_takes_any_mask(fraction, chosen):
     """Some siblings kept and some not: a parent is trained while one is; deterministic edges never, even where kept."""
     forest, sampler, trees = case(steps=7, branch=3, splits=(0, 2), chosen=chosen)
     _, out = rolled(forest, sampler, trees)
@@ -431,20 +451,21 @@ def test_gather_takes_any_mask(share, chosen):
     rng, keep = np.random.default_rng(0), []
     for i in range(7):
         for e in (e for tree in trees for e in tree.level(i + 1)):
-            e.kept = bool(rng.random() < share)
+            e.kept = bool(rng.random() < fraction)
         keep.append(torch.tensor([[e.kept for e in tree.level(i + 1)] for tree in trees]))
     check_gather(out, forest, trees, keep, advantages, [0, 1, 2], "edge")
 
 
 def test_steps_that_are_not_trained_lose_their_stochastic_edges():
-    """Of steps 0..5 with 0, 2, 4 stochastic (and 5, chosen but the last): 2 is dropped, deterministic ones stay chosen or not."""
+    """Steps 0, 2 and 4 of 0..5 are stochastic, and 5 is chosen but the last: 2 is dropped, deterministic ones stay."""
     forest = make_forest(6, 2, (0, 2), chosen={4, 5})
     rewards = torch.zeros(1, forest.leaves)
     kept = [bool(k.all()) for k in prune(forest, rewards, None, None, {0, 4})]
     assert kept == [True, False, False, False, True, True]
-    assert all(
-        torch.equal(a, b) for a, b in zip(prune(forest, rewards, 1, None), prune(forest, rewards, 1, None, {0, 2, 4}))
-    )
+
+    # All stochastic steps are the same as no choice.
+    unrestricted, all_steps = prune(forest, rewards, 1, None), prune(forest, rewards, 1, None, {0, 2, 4})
+    assert all(torch.equal(a, b) for a, b in zip(unrestricted, all_steps))
 
 
 def test_gather_counts_the_papers_tree():
@@ -459,11 +480,11 @@ def test_gather_counts_the_papers_tree():
         ("parent-top1", None, 115, 130),
         (None, (10, 5), 107, 122),
     ):
-        found = flatten_edges(out, forest, prune(forest, rewards, width, depth), advantages, ALL, "edge")
-        assert (len(found.x), len(found.child)) == (3 * parents, 3 * edges)
+        flat = flatten_edges(out, forest, prune(forest, rewards, width, depth), advantages, ALL, "edge")
+        assert (len(flat.x), len(flat.child)) == (3 * parents, 3 * edges)
 
 
-# ------------------------------------------------------------------------------------------------------------------ loss
+# ----------------------------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize(
     "advantage, ratio, value, slope",
     [
@@ -477,7 +498,7 @@ def test_gather_counts_the_papers_tree():
     ],
 )
 def test_clipped_loss_in_every_quadrant(advantage, ratio, value, slope):
-    """-min(rho A, clip(rho, .8, 1.2) A) and its derivative in rho."""
+    """-min(rho A, clip(rho, 0.8, 1.2) A) and its derivative in rho."""
     rho = torch.tensor([ratio], requires_grad=True)
     loss = clipped_loss(rho, torch.tensor([advantage]), 0.2)
     loss.sum().backward()
@@ -486,28 +507,38 @@ def test_clipped_loss_in_every_quadrant(advantage, ratio, value, slope):
 
 
 def edge_by_edge(policy, sampler, trees, prompts, loss_weight, clip, kl=0.0):
-    """Loss and gradient of Eq. 5 by autograd, one edge and one forward at a time; returns also the share clipped."""
+    """Loss and gradient of Eq. 5 by autograd, one edge and one forward at a time.
+
+    Returns:
+        The loss, its gradient (parameters,), the fraction of ratios that are clipped, the divergence.
+    """
     total, weights, clipped, parents = 0.0, 0.0, [], {}
     for p in prompts:
         cond, sigmas = policy.encode([PROMPTS[p]]), sampler.sigmas
         for e in oracle.trained_edges(trees[p]):
+            # How likely is the child that was drawn, under the parameters of now?
             i = e.step
             x, child = torch.from_numpy(e.parent.latent)[None], torch.from_numpy(e.latent)[None]
-            pair = (sigmas[i], sigmas[i + 1], sampler.eta, float(sigmas[1]))
-            mean, std = step_moments(sampler.kind, x, policy.velocity(x, sigmas[i : i + 1], cond), *pair)
+            levels = (sigmas[i], sigmas[i + 1], sampler.eta, float(sigmas[1]))
+            mean, std = step_moments(sampler.kind, x, policy.velocity(x, sigmas[i : i + 1], cond), *levels)
             if sampler.density == "upstream":
                 logp = -((child - mean) ** 2).mean()
             else:
                 logp = torch.distributions.Normal(mean, std).log_prob(child).mean()
+
+            # Its clipped loss and its weight.
             rho, w = (logp - e.logp).exp(), oracle.edge_weight(trees[p], e, loss_weight)
             total = total + w * torch.min(rho * e.advantage, rho.clamp(1 - clip, 1 + clip) * e.advantage).neg()
             weights += w
             clipped.append(abs(rho.item() - 1) > clip)
+
+            # The divergence is a parent's, so each parent counts once.
             if kl and id(e.parent) not in parents:
                 with torch.no_grad():
                     v_ref = policy.velocity(x, sigmas[i : i + 1], cond, reference=True)
-                m_ref, _ = step_moments(sampler.kind, x, v_ref, *pair)
+                m_ref, _ = step_moments(sampler.kind, x, v_ref, *levels)
                 parents[id(e.parent)] = ((mean - m_ref) ** 2 / (2 * std**2)).mean()
+
     divergence = sum(parents.values()) / len(parents) if kl else torch.zeros(())
     loss = total / weights + kl * divergence
     gradient = torch.autograd.grad(loss, policy.trainable())
@@ -519,6 +550,7 @@ def check_update(forest, sampler, trees, loss_weight, width, depth, micro_batche
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out, width=width, depth=depth)
     policy.perturb(0.1)
+
     clip = 0.02
     want_loss, want, clipped, divergence = edge_by_edge(policy, sampler, trees, prompts, loss_weight, clip, kl)
     assert 0 < clipped < 1, "the case must have clipped and free edges"
@@ -539,7 +571,7 @@ def check_update(forest, sampler, trees, loss_weight, width, depth, micro_batche
 @pytest.mark.parametrize("branch", [2, 3])
 @pytest.mark.parametrize("loss_weight", ["edge", "path"])
 def test_update_is_the_loop_over_edges(loss_weight, branch, width, depth):
-    """Loss, gradient, clipped share and forwards, on several prompts, pruned and not, in micro-batches of 1, 3 and all."""
+    """Loss, gradient, clipped fraction, forwards: on three prompts, pruned or not, in micro-batches of 1, 3 and all."""
     forest, sampler, trees = case(steps=6, branch=branch)
     check_update(forest, sampler, trees, loss_weight, width, depth)
 
@@ -577,12 +609,15 @@ def test_the_whole_pipeline_against_finite_differences():
     edges = flatten_edges(out, forest, keep, advantages, ALL, "path")
     log, gradient = step(policy, edges, sampler, clip=0.3)
     assert log["loss"] == pytest.approx(loss(theta), rel=1e-5, abs=1e-7)
+
+    # Every fifth parameter: (loss(theta + h) - loss(theta - h)) / 2h.
     h = 1e-6
     for j in range(0, len(theta), 5):
         bump = np.zeros_like(theta)
         bump[j] = h
         slope = (loss(theta + bump) - loss(theta - bump)) / (2 * h)
         assert gradient[j] == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
     velocities, references = ([Toy().numpy(p, t) for p in PROMPTS] for t in (theta, Toy().flat()))
     log, _ = step(policy, edges, sampler, kl=0.5)
     assert log["kl"] == pytest.approx(oracle.kl(trees, velocities, references, sigmas, "flow", 0.7), rel=1e-6)
@@ -590,16 +625,16 @@ def test_the_whole_pipeline_against_finite_differences():
 
 @pytest.mark.parametrize("loss_weight", ["edge", "path"])
 def test_every_depth_weighs_the_same_by_path(loss_weight):
-    """Mean advantages are 0, so weigh |A|: with path weights step i's share of the weight is 1/steps, with edge n_{i+1}."""
+    """With "path" each of the 5 trained steps has a fifth of all weight; with "edge" it is in proportion to n_{i+1}."""
     forest, sampler, trees = case(steps=6, branch=3)
     _, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
     edges = flatten_edges(out, forest, keep, advantages, ALL, loss_weight)
-    at = edges.step[edges.parent]
-    shares = torch.tensor([edges.weight[at == i].sum() for i in range(5)]) / edges.weight.sum()
+    step_of_edge = edges.step[edges.parent]
+    fractions = torch.tensor([edges.weight[step_of_edge == i].sum() for i in range(5)]) / edges.weight.sum()
     sizes = torch.tensor([3.0, 3, 9, 9, 9])
     want = torch.full((5,), 0.2) if loss_weight == "path" else sizes / sizes.sum()
-    torch.testing.assert_close(shares, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fractions, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
@@ -660,9 +695,9 @@ def test_ratio_dev_is_the_largest_deviation():
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
     edges = flatten_edges(out, forest, keep, advantages, ALL, "edge")
-    for at, shift in ((0, 0.4), (5, -0.3), (len(edges.child) - 1, 0.2)):
+    for edge, shift in ((0, 0.4), (5, -0.3), (len(edges.child) - 1, 0.2)):
         logp = edges.logp_old.clone()
-        logp[at] -= shift
+        logp[edge] -= shift
         moved = branchgrpo.Edges(**{**vars(edges), "logp_old": logp})
         for micro_batch in (0, 2):
             log, _ = step(policy, moved, sampler, micro_batch=micro_batch, clip=0.1)
@@ -671,7 +706,7 @@ def test_ratio_dev_is_the_largest_deviation():
 
 
 def test_a_nan_advantage_stops_before_the_optimiser():
-    """NonFinite, parameters bit for bit as before, optimiser state empty; so do an infinite log-prob and a NaN latent."""
+    """NonFinite, parameters bit for bit as before, optimiser state empty; so too for a bad log-prob or latent."""
     forest, sampler, trees = case()
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
@@ -773,12 +808,15 @@ def test_without_a_split_below_the_root_it_is_flat_grpo(shape, loss_weight):
     rewards = rewards_for(forest)
     advantages = credit(out, forest, torch.from_numpy(rewards), 1.0, 5.0)
     policy.perturb(0.1)
+
+    # A term for each sample and step, by DanceGRPO's formula with eta = 0.8, so eta^2/2 = 0.32.
     terms, sigmas = [], sampler.sigmas
     for p, prompt in enumerate(PROMPTS):
         group = (rewards[p] - rewards[p].mean()) / (rewards[p].std() + 1e-4)
         for sample in range(6):
             xs = [level[p, sample if level.shape[1] == 6 else 0] for level in out.latents]
             for i in range(4):
+                # The log-prob of the next latent under the parameters of now, and the ratio.
                 v = policy.velocity(xs[i][None], sigmas[i : i + 1], policy.encode([prompt]))[0]
                 dt = sigmas[i + 1] - sigmas[i]
                 clean = xs[i] - sigmas[i] * v
@@ -786,6 +824,7 @@ def test_without_a_split_below_the_root_it_is_flat_grpo(shape, loss_weight):
                 logp = torch.distributions.Normal(mean, 0.8 * (-dt).sqrt()).log_prob(xs[i + 1]).mean()
                 rho = (logp - out.logp_mean[i][p, sample]).exp()
                 terms.append(-torch.min(rho * group[sample], rho.clamp(0.95, 1.05) * group[sample]))
+
     loss = torch.stack(terms).mean()
     want = torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.trainable())]).numpy()
     edges = flatten_edges(out, forest, keep_chosen(forest, 3), advantages, ALL, loss_weight)
@@ -794,20 +833,20 @@ def test_without_a_split_below_the_root_it_is_flat_grpo(shape, loss_weight):
     np.testing.assert_allclose(gradient, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
 
 
-# --------------------------------------------------------------------------------------------------------- two processes
-class Both:
-    """What two processes share: a barrier, and a slot each for what they exchange."""
+# -------------------------------------------------------------------------------------------------------- two processes
+class Exchange:
+    """What two processes share: a barrier, and one slot each for what they exchange."""
 
     def __init__(self):
         self.barrier, self.slots = threading.Barrier(2), [None, None]
 
-    def exchange(self, rank, value):
+    def swap(self, rank, value):
         """Both processes' values, in order of rank."""
         self.slots[rank] = value
-        self.barrier.wait(30)
-        both = list(self.slots)
-        self.barrier.wait(30)
-        return both
+        self.barrier.wait(30)  # both have written
+        values = list(self.slots)
+        self.barrier.wait(30)  # both have read: the slots are free again
+        return values
 
 
 class Process:
@@ -816,15 +855,15 @@ class Process:
     num_processes = 2
     device = torch.device("cpu")
 
-    def __init__(self, rank, both):
-        self.process_index, self.both = rank, both
+    def __init__(self, rank, exchange):
+        self.process_index, self.exchange = rank, exchange
 
     def reduce(self, tensor, reduction="sum"):
         assert reduction == "sum"
-        return sum(self.both.exchange(self.process_index, tensor.clone()))
+        return sum(self.exchange.swap(self.process_index, tensor.clone()))
 
     def gather(self, tensor):
-        return torch.stack(self.both.exchange(self.process_index, tensor.clone()))
+        return torch.stack(self.exchange.swap(self.process_index, tensor.clone()))
 
     def no_sync(self, model):
         return nullcontext()
@@ -836,7 +875,7 @@ class Process:
 
     def clip_grad_norm_(self, parameters, max_norm):
         for p in parameters:
-            p.grad = sum(self.both.exchange(self.process_index, p.grad.clone())) / 2
+            p.grad = sum(self.exchange.swap(self.process_index, p.grad.clone())) / 2
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
@@ -849,21 +888,23 @@ def test_two_processes_take_the_step_of_one(loss_weight):
     policy.perturb(0.1)
     changed = {"clip": 0.02, "kl": 0.7, "micro_batch": 3}
     want_log, want = step(policy, flatten_edges(out, forest, keep, advantages, ALL, loss_weight), sampler, **changed)
-    both, found = Both(), {}
+
+    # Two threads stand for two processes, each with a policy of its own at the same parameters.
+    exchange, results = Exchange(), {}
 
     def run(rank, prompts):
-        mine = Toy()
-        mine.perturb(0.1)
+        own_policy = Toy()
+        own_policy.perturb(0.1)
         edges = flatten_edges(out, forest, keep, advantages, prompts, loss_weight)
-        found[rank] = step(mine, edges, sampler, accelerator=Process(rank, both), **changed)
+        results[rank] = step(own_policy, edges, sampler, accelerator=Process(rank, exchange), **changed)
 
-    threads = [threading.Thread(target=run, args=(r, part)) for r, part in enumerate(ALL.split(2))]
+    threads = [threading.Thread(target=run, args=(rank, prompts)) for rank, prompts in enumerate(ALL.split(2))]
     for t in threads:
         t.start()
     for t in threads:
         t.join(60)
     for rank in (0, 1):
-        log, gradient = found[rank]
+        log, gradient = results[rank]
         np.testing.assert_allclose(gradient, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
         for name in ("loss", "ratio_dev", "kl", "grad_norm"):
             assert log[name] == pytest.approx(want_log[name], rel=1e-5), name

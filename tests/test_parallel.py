@@ -1,4 +1,8 @@
-"""Many processes on gloo: the gradients of one, errors that all meet, checkpoints for any number of them."""
+"""Many processes on the CPU (gloo), by DDP and by FSDP2.
+
+Their gradients are those of one process, an error of one process stops all, and a checkpoint resumes on any number of
+them.
+"""
 
 import json
 import os
@@ -13,25 +17,27 @@ from safetensors.torch import load_file
 from workers import CASES
 
 HERE = Path(__file__).parent.parent
-SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 5 --eval-every 2 --save-every 2 --iterations 4 --ema 0.9 --device cpu"
+SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 5 --eval-every 2 --save-every 2 --iterations 4 --ema 0.9"
+SMALL += " --device cpu"
 
 
 def start(script: str, *argv, processes: int = 1) -> subprocess.CompletedProcess:
-    """A script in one process, or in several by torchrun."""
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(many if processes > 1 else []), str(HERE / script), *map(str, argv)]
+    """Run a script in one process, or in several by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / script), *map(str, argv)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env, timeout=300)
 
 
-def rows(out: Path) -> list[dict]:
+def metric_rows(out: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The gradients of one process."""
-    folder = tmp_path_factory.mktemp("alone")
+def gradients_of_one(tmp_path_factory):
+    """Case -> the gradients that one process computes, by name."""
+    folder = tmp_path_factory.mktemp("one")
     done = start("tests/workers.py", folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return {name: load_file(folder / f"{name}.safetensors") for name in CASES}
@@ -39,29 +45,34 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flags", ["", "--fsdp"])
-def test_gradients_are_those_of_one_process(alone, tmp_path, processes, flags):
+def test_gradients_are_those_of_one_process(gradients_of_one, tmp_path, processes, flags):
+    """The difference of all gradients together is less than 0.00001 of their length."""
     done = start("tests/workers.py", tmp_path, *flags.split(), processes=processes)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name, wanted in alone.items():
-        found = load_file(tmp_path / f"{name}.safetensors")
-        assert found.keys() == wanted.keys()
-        difference = sum(float((found[k] - wanted[k]).double().square().sum()) for k in wanted) ** 0.5
-        length = sum(float(g.double().square().sum()) for g in wanted.values()) ** 0.5
-        assert length > 0 and difference < 1e-5 * length, (name, difference / length)
+    for case, expected in gradients_of_one.items():
+        gradients = load_file(tmp_path / f"{case}.safetensors")
+        assert gradients.keys() == expected.keys()
+        difference = sum(float((gradients[k] - expected[k]).double().square().sum()) for k in expected) ** 0.5
+        length = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
+        assert length > 0 and difference < 1e-5 * length, (case, difference / length)
 
 
 @pytest.mark.parametrize("what, error", [("score", "CannotScore"), ("loss", "NonFinite")])
 def test_an_error_of_one_process_stops_all(tmp_path, what, error):
+    """The second process alone meets a number that is not finite; both raise, so neither waits for the other."""
     done = start("tests/workers.py", tmp_path, "--break", what, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.splitlines()) == [f"process 0: {error}", f"process 1: {error}"]
 
 
 def test_a_run_continues_on_another_number_of_processes(tmp_path):
-    """FSDP on two processes, then one; one, then FSDP on two: the rows of a run that was never moved."""
+    """FSDP on two processes, then one process, and the other way round: the rows of a run that was never moved."""
+    # Two runs that stay where they are.
     for name, processes, flags in (("one", 1, ""), ("two", 2, "--fsdp")):
         done = start("train_image.py", *SMALL.split(), *flags.split(), "--out", tmp_path / name, processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
+
+    # Both again from their checkpoint after two iterations, each where the other ran.
     for name, processes, flags in (("one", 2, "--fsdp"), ("two", 1, "")):
         moved = tmp_path / f"{name}, moved"
         shutil.copytree(tmp_path / name, moved)
@@ -70,21 +81,24 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path):
         done = start("train_image.py", *resumed, processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
         assert json.loads(done.stdout.splitlines()[-1])["iterations"] == 4
-    wanted = rows(tmp_path / "one")
+
+    # All four have the same rows, up to rounding.
+    expected = metric_rows(tmp_path / "one")
     for name in ("two", "one, moved", "two, moved"):
-        found = rows(tmp_path / name)
-        assert len(found) == len(wanted)
-        for a, b in zip(found, wanted):
-            assert a.keys() == b.keys()
-            for key in a.keys() & {"heldout_reward", "grad_norm", "reward_mean", "nfe"}:
-                assert a[key] == pytest.approx(b[key], rel=1e-3), (name, key)
-    weights = [
-        load_file(tmp_path / n / "model/transformer/diffusion_pytorch_model.safetensors") for n in ("one", "two")
-    ]
+        rows = metric_rows(tmp_path / name)
+        assert len(rows) == len(expected)
+        for row, other in zip(rows, expected):
+            assert row.keys() == other.keys()
+            for key in row.keys() & {"heldout_reward", "grad_norm", "reward_mean", "nfe"}:
+                assert row[key] == pytest.approx(other[key], rel=1e-3), (name, key)
+
+    # The exported models agree, and the file of whole weights in a checkpoint is complete.
+    file = "model/transformer/diffusion_pytorch_model.safetensors"
+    weights = [load_file(tmp_path / name / file) for name in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
     assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) < 3e-4
-    ema = load_file(tmp_path / "two/checkpoint-4/trainable.safetensors")
-    assert all(torch.equal(torch.isfinite(v).all(), torch.tensor(True)) for v in ema.values())
+    trainable = load_file(tmp_path / "two/checkpoint-4/trainable.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in trainable.values())
 
 
 def test_fsdp_needs_processes():
@@ -97,14 +111,17 @@ def test_fsdp_needs_processes():
     "flags", ["--lora 4 --dtype bf16 --kl 0.1", "--dtype bf16 --gradient-checkpointing", "--compile"]
 )
 def test_fsdp_with_other_switches(tmp_path, flags):
-    """Two processes, two iterations: it runs, the first ratios stay 1, and what it exports draws what it drew."""
+    """Two processes, two iterations: the ratios stay 1, and the exported model scores what the run scored."""
     small = [*SMALL.split(), "--iterations", "2", "--fsdp", *flags.split(), "--out", tmp_path / "a"]
     done = start("train_image.py", *small, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = rows(tmp_path / "a")
-    assert all(row["ratio_dev"] < 1e-4 and row["grad_norm"] > 0 for row in found[1:])
-    model = ["--model", tmp_path / "a/model"] if "lora" not in flags else []
-    if model:
+    rows = metric_rows(tmp_path / "a")
+    assert all(row["ratio_dev"] < 1e-4 and row["grad_norm"] > 0 for row in rows[1:])
+
+    # A LoRA is exported as a file for the untrained model; anything else is a model that can be evaluated as it is.
+    if "lora" not in flags:
+        model = ["--model", tmp_path / "a/model"]
         again = start("train_image.py", *SMALL.split(), *model, "--iterations", 0, "--out", tmp_path / "b")
         assert again.returncode == 0, again.stderr[-2000:]
-        assert rows(tmp_path / "b")[0]["heldout_reward"] == pytest.approx(found[-1]["heldout_reward"], abs=0.05)
+        evaluated = metric_rows(tmp_path / "b")[0]["heldout_reward"]
+        assert evaluated == pytest.approx(rows[-1]["heldout_reward"], abs=0.05)

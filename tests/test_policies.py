@@ -1,4 +1,8 @@
-"""The policies against diffusers' own pipelines, on random models."""
+"""The policies against diffusers' own pipelines, on small models with random weights.
+
+The same noise gives the same pictures. LoRA, reference, bf16, 4 bits, compilation and the text cache do what they
+promise, and a checkpoint that does not fit is refused in one sentence.
+"""
 
 import json
 import shutil
@@ -42,6 +46,7 @@ PROMPTS = ['red "CAT"', 'blue "HOUSE"', 'teal "OWL"']
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A random FluxPipeline of the embedded model's size."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("flux")
     pipe = build()
@@ -51,16 +56,25 @@ def folder(tmp_path_factory):
 
 
 def load(folder, **kwargs):
+    """A policy for pictures of 32 x 64."""
     return FluxPolicy.load(str(folder), 32, 64, **kwargs)
+
+
+@torch.no_grad()
+def move_weights(policy):
+    """Add random numbers to what is trained, the same in every run."""
+    for weight in policy.trainable():
+        weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (48, 32)])
 def test_ode_equals_the_pipeline(folder, shape):
-    """The same noise through FluxPipeline(...) and through encode, velocity, the ODE walk and decode: the same pictures."""
+    """From the same noise FluxPipeline and encode, velocity, the ODE walk and decode make the same pictures."""
     policy = FluxPolicy.load(str(folder), *shape, guidance=2.0)
     noise = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
     sampler = Sampler(sigma_schedule(5, 3.0), "dance", 0.3)
     ours = policy.decode(sample_ode(policy, policy.encode(PROMPTS), sampler, noise))
+
     pipe = FluxPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     size = {"height": shape[0], "width": shape[1], "max_sequence_length": 16}
@@ -71,6 +85,7 @@ def test_ode_equals_the_pipeline(folder, shape):
 
 
 def test_every_row_has_its_own_prompt_and_sigma(folder):
+    """Rows of one call do not see one another: together they are what each is alone."""
     policy = load(folder)
     x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(2))
     sigma, cond = torch.tensor([1.0, 0.5, 0.1]), policy.encode(PROMPTS)
@@ -87,11 +102,12 @@ def test_cond_helpers():
 
 
 def test_only_the_transformer_is_trained(folder):
+    """Gradients reach the transformer's weights, and nothing else asks for any."""
     policy = load(folder)
     v = policy.velocity(torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(PROMPTS[:1]))
     v.square().mean().backward()
-    parts = (policy.pipe.vae, policy.pipe.text_encoder, policy.pipe.text_encoder_2)
-    assert not any(p.requires_grad for part in parts for p in part.parameters())
+    frozen = (policy.pipe.vae, policy.pipe.text_encoder, policy.pipe.text_encoder_2)
+    assert not any(p.requires_grad for module in frozen for p in module.parameters())
     assert len(policy.trainable()) == len(list(policy.transformer.parameters()))
     assert sum(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.trainable()) > 100
 
@@ -103,22 +119,24 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base(folder, tmp_pat
     cond = policy.encode(PROMPTS[:2])
     plain = base.velocity(x, sigma, cond)
     assert torch.allclose(policy.velocity(x, sigma, cond), plain, atol=1e-6)  # B starts at 0
-    with torch.no_grad():
-        for p in policy.trainable():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+
+    # A stand-in for training: random numbers on all adapters.
+    move_weights(policy)
     trained = policy.velocity(x, sigma, cond)
     assert (trained - plain).abs().max() > 1e-3
     assert torch.allclose(policy.velocity(x, sigma, cond, reference=True), plain, atol=1e-6)
     assert policy.velocity(x, sigma, cond).requires_grad  # adapters are back on, and still trained
+
+    # alpha / rank is 2, which diffusers restores from the file's metadata.
     policy.save(tmp_path)
     fresh = FluxPipeline.from_pretrained(folder)
     fresh.load_lora_weights(tmp_path)
     loaded = FluxPolicy(fresh, 32, 64)
-    # alpha / rank is 2: diffusers restores it from the file's metadata
     assert torch.allclose(loaded.velocity(x, sigma, cond), trained, atol=1e-5)
 
 
 def test_reference_copy_without_lora(folder):
+    """The reference stays the untrained model while all weights move."""
     policy = load(folder, keep_reference=True)
     x, sigma, cond = torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(PROMPTS[:1])
     before = policy.velocity(x, sigma, cond)
@@ -130,6 +148,7 @@ def test_reference_copy_without_lora(folder):
 
 
 def test_bf16_keeps_fp32_master_weights(folder):
+    """What is trained and what is returned is float32; what is frozen is bf16."""
     policy = load(folder, dtype=torch.bfloat16)
     v = policy.velocity(torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(PROMPTS[:1]))
     assert v.dtype == torch.float32 and {p.dtype for p in policy.trainable()} == {torch.float32}
@@ -144,6 +163,7 @@ def test_sizes_must_divide(folder, flag, size):
 
 
 def test_a_broken_checkpoint_is_one_sentence(folder, tmp_path):
+    """A folder without an index, one that lacks a component, one of another class, one with an empty component."""
     with pytest.raises(ValueError, match="no model_index.json"):
         load_pipeline(str(tmp_path), FluxPipeline, torch.float32)
     broken = shutil.copytree(folder, tmp_path / "broken")
@@ -183,7 +203,7 @@ MOVES = ["a red circle moves left", "a blue square", ""]
 
 @pytest.mark.parametrize("guidance, shape", [(1.0, (32, 48, 9)), (4.0, (32, 32, 5)), (4.0, (16, 16, 1))])
 def test_wan_equals_the_pipeline(wan, guidance, shape):
-    """The pipeline's noise levels, the same noise: encode, guided velocity, the ODE walk and decode give its videos."""
+    """From the same noise WanPipeline and encode, guided velocity, the ODE walk and decode make the same videos."""
     policy = WanPolicy.load(str(wan), *shape, guidance=guidance)
     noise = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
     pipe = WanPipeline.from_pretrained(wan)
@@ -198,7 +218,7 @@ def test_wan_equals_the_pipeline(wan, guidance, shape):
 
 
 def test_wan_guidance_is_one_call_of_both_halves(wan):
-    """u + g (c - u), each row with its own noise level; g = 1 is the prompt alone."""
+    """u + g (c - u), each row with its own noise level; with g = 1 nothing else is encoded or computed."""
     policies = {g: WanPolicy.load(str(wan), 32, 32, 5, guidance=g) for g in (1.0, 3.0)}
     x = torch.randn(2, *policies[1.0].latent_shape, generator=torch.Generator().manual_seed(2))
     sigma = torch.tensor([0.9, 0.2])
@@ -211,6 +231,7 @@ def test_wan_guidance_is_one_call_of_both_halves(wan):
 
 
 def test_wan_trains_with_lora_and_without(wan, tmp_path):
+    """Every weight that is trained receives a gradient, and a model without a LoRA is saved as a whole pipeline."""
     for lora in (0, 2):
         policy = WanPolicy.load(str(wan), 32, 32, 5, guidance=2.0, lora=lora)
         x = torch.randn(1, *policy.latent_shape)
@@ -222,12 +243,11 @@ def test_wan_trains_with_lora_and_without(wan, tmp_path):
 
 
 def test_wans_lora_file_gives_the_trained_velocity(wan, tmp_path):
+    """The saved LoRA in a fresh pipeline is the trained model."""
     policy = WanPolicy.load(str(wan), 32, 32, 5, lora=2)
     x, sigma, cond = torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(MOVES[:1])
     plain = policy.velocity(x, sigma, cond)
-    with torch.no_grad():
-        for p in policy.trainable():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    move_weights(policy)
     trained = policy.velocity(x, sigma, cond)
     policy.save(tmp_path)
     fresh = WanPipeline.from_pretrained(wan)
@@ -237,7 +257,8 @@ def test_wans_lora_file_gives_the_trained_velocity(wan, tmp_path):
 
 
 def test_attention_gets_one_dtype(folder, wan, monkeypatch):
-    """CUDA's autocast runs rms_norm in float32; flash attention wants queries, keys and values in bf16 alike."""
+    """CUDA's autocast runs rms_norm in float32, but flash attention wants queries, keys and values alike in bf16."""
+    # Norms that return float32 stand for CUDA's. Attention is watched on its way in.
     norm, seen = torch.nn.RMSNorm.forward, []
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: norm(self, x.float()).float())
     for module in (transformer_flux, transformer_wan):
@@ -248,6 +269,7 @@ def test_attention_gets_one_dtype(folder, wan, monkeypatch):
             return attend(q, k, v, *args, **kwargs)
 
         monkeypatch.setattr(module, "dispatch_attention_fn", watched)
+
     for kind, path, sizes in ((FluxPolicy, folder, (32, 64)), (WanPolicy, wan, (32, 32, 5))):
         policy = kind.load(str(path), *sizes, dtype=torch.bfloat16)
         x = torch.randn(1, *policy.latent_shape)
@@ -272,16 +294,19 @@ def test_each_script_refuses_the_others_checkpoint(folder, wan):
 
 
 def test_a_text_cache_outlives_the_policy_and_knows_its_encoders(folder, tmp_path, monkeypatch):
-    wanted = load(folder).encode(PROMPTS)
+    """A second policy encodes only what the first has not; one with other encoders shares nothing with them."""
+    expected = load(folder).encode(PROMPTS)
     load(folder, text_cache=str(tmp_path)).encode(PROMPTS[:2])
-    later, asked = load(folder, text_cache=str(tmp_path)), []
-    embed = later.embed
-    monkeypatch.setattr(later, "embed", lambda prompts: asked.append(prompts) or embed(prompts))
-    found = later.encode(PROMPTS)
-    assert asked == [PROMPTS[2:]] and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    second, embedded = load(folder, text_cache=str(tmp_path)), []
+    embed = second.embed
+    monkeypatch.setattr(second, "embed", lambda prompts: embedded.append(prompts) or embed(prompts))
+    cond = second.encode(PROMPTS)
+    assert embedded == [PROMPTS[2:]] and all(torch.equal(cond[k], expected[k]) for k in expected)
+
+    # One weight differs, as in another checkpoint.
     other = load(folder, text_cache=str(tmp_path))
     with torch.no_grad():
-        list(other.pipe.text_encoder.parameters())[-1].add_(1.0)  # another checkpoint
+        list(other.pipe.text_encoder.parameters())[-1].add_(1.0)
     files = len(list(tmp_path.iterdir()))
     other.encode(PROMPTS[:1])
     assert len(list(tmp_path.iterdir())) == files + 1 == 4
@@ -289,32 +314,33 @@ def test_a_text_cache_outlives_the_policy_and_knows_its_encoders(folder, tmp_pat
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_velocities_and_gradients(folder):
-    found = []
+    """Up to rounding: less than 0.00001 of their length."""
+    results = []  # (velocities, gradients): plain, compiled
     for compiled in (False, True):
         policy = load(folder, compiled=compiled)
         x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
         v = policy.velocity(x, torch.tensor([0.9, 0.5, 0.1]), policy.encode(PROMPTS))
         v.square().sum().backward()
-        found.append((v.detach(), torch.cat([p.grad.flatten() for p in policy.trainable()])))
-    for plain, ours in zip(*found):
-        assert (ours - plain).norm() < 1e-5 * plain.norm()
+        results.append((v.detach(), torch.cat([p.grad.flatten() for p in policy.trainable()])))
+    for plain, with_compile in zip(*results):
+        assert (with_compile - plain).norm() < 1e-5 * plain.norm()
 
 
 @pytest.mark.gpu
 def test_four_bits_train_a_lora(folder):
-    """NF4: the velocity near the plain one, gradients in the LoRA alone; diffusers packs weights on GPUs only."""
+    """NF4: velocities near those of float32, gradients in the LoRA alone. diffusers packs weights on GPUs only."""
     pytest.importorskip("bitsandbytes")
     plain, packed = load(folder, device="cuda"), load(folder, nf4=True, lora=4, dtype=torch.bfloat16, device="cuda")
     x = torch.randn(3, *plain.latent_shape, generator=torch.Generator().manual_seed(3)).cuda()
     sigma, cond = torch.tensor([0.9, 0.5, 0.1]).cuda(), plain.encode(PROMPTS)
-    v, wanted = packed.velocity(x, sigma, packed.encode(PROMPTS)), plain.velocity(x, sigma, cond)
-    assert 0 < (v - wanted).norm() < 0.3 * wanted.norm()
+    v, v_plain = packed.velocity(x, sigma, packed.encode(PROMPTS)), plain.velocity(x, sigma, cond)
+    assert 0 < (v - v_plain).norm() < 0.3 * v_plain.norm()
     v.square().sum().backward()
     assert all(p.grad is not None and p.dtype == torch.float32 for p in packed.trainable())
 
 
 def a_tree_and_an_update(policy, cond):
-    """Four leaves of one prompt with given rewards, trained once: pictures, the update's log, seconds of both."""
+    """Roll out four leaves of one prompt, train once on given rewards: pictures, the update's log, seconds of both."""
     forest, sampler = make_forest(4, 2, (0, 1)), Sampler(sigma_schedule(4, 3.0), "cps", 0.7)
     lap = loop.stopwatch(policy.device)
     out = rollout(policy, cond, forest, sampler, generators(0, 0, range(1)), store="cpu")
@@ -331,10 +357,10 @@ def a_tree_and_an_update(policy, cond):
 def test_flux_1_dev_at_full_width(capsys):
     """FLUX.1-dev's config with one block of each kind, random weights: a tree and a LoRA update on the CPU.
 
-    Text encoders and VAE are stand-ins, of the true widths where the transformer meets them.
+    Text encoders and VAE are stand-ins, of the true widths where the transformer meets them, with FLUX.1-dev's own
+    constants of the normalisation.
     """
     pipe = build()
-    # FLUX.1-dev's own, which training the tiny VAE would set
     pipe.vae.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
     pipe.text_encoder.config.hidden_size, pipe.text_encoder_2.config.d_model = 768, 4096
     pipe.text_encoder = type(pipe.text_encoder)(pipe.text_encoder.config)

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import shlex
 import textwrap
@@ -15,11 +16,13 @@ import rewards
 import schedules
 import sde
 import train_image
+import tree
 
 HERE = Path(__file__).parent.parent
 README = (HERE / "README.md").read_text()
 NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+EXTEND = (HERE / "docs/extend.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + EXTEND, re.S)
 
 
 def test_links_point_at_files():
@@ -32,7 +35,7 @@ def test_links_point_at_files():
 def test_linked_functions_exist():
     """`name`](file.py): the file defines that name."""
     linked = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", README)
-    assert len(linked) > 10
+    assert len(linked) >= 10
     for name, file in linked:
         assert re.search(rf"^(def|class) {name}\b", (HERE / file).read_text(), re.M), (name, file)
 
@@ -42,20 +45,46 @@ def test_the_algorithm_has_at_most_eight_steps():
     assert 5 <= len(re.findall(r"^\d\. ", section, re.M)) <= 8
 
 
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_readme_names_the_files_in_their_order():
+    """Its reading order is that of ORDER: a file imports only files above it."""
+    section = README.split("## Reading order")[1].split("\n## ")[0]
+    named = re.findall(r"\]\((\w+)\.py\)", section)
+    assert named == list(ORDER)
+
+
+def test_readme_has_the_benchmarks_figures():
+    """Its table is that of bench/results/alignment.json, rounded."""
+    document = json.loads((HERE / "bench/results/alignment.json").read_text())["table"]
+    rows = [row.split("|")[2:4] for row in README.split("final reward minus")[1].splitlines() if row.startswith("| ")]
+    arms = ["DanceGRPO", "MixGRPO", "BranchGRPO", "BranchGRPO + depth", "BranchGRPO + width", "BranchGRPO-Mix"]
+    for (seconds, reward), arm in zip(rows, [*arms, "BranchGRPO-Mix, splits alone, flash"]):
+        ratio = document[arm]["seconds_an_update"] / document["DanceGRPO"]["seconds_an_update"]
+        assert float(seconds) == pytest.approx(ratio, abs=0.0051), arm
+        numbers = [float(n) for n in re.findall(r"[-+]?\d\.\d+", reward)]
+        if arm != "DanceGRPO":
+            assert numbers == pytest.approx(document[arm]["final_minus_dance"], abs=0.00051), arm
+
+
 def test_snippets_are_short():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     for snippet in SNIPPETS:
         assert len([line for line in snippet.splitlines() if line.strip() and "import" not in line]) <= 10
 
 
 @pytest.mark.parametrize(
     "snippet, argv",
-    list(zip(SNIPPETS, ["--reward ocr:1,light:0.1", "--method late", "--sde constant --eta 0.2"])),
-    ids=["reward", "schedule", "step"],
+    list(
+        zip(SNIPPETS, ["--advantage unscaled", "--reward ocr:1,light:0.1", "--method late", "--sde constant --eta 0.2"])
+    ),
+    ids=["credit", "reward", "schedule", "step"],
 )
 def test_snippets_train(snippet, argv, tmp_path, capsys):
-    """Each snippet, with the flags that the README names, runs an iteration."""
-    saved = [(t, dict(t)) for t in (rewards.REWARDS, schedules.METHODS, sde.STEPS)]
+    """Each snippet, with the flags that its page names, runs an iteration."""
+    saved = [(t, dict(t)) for t in (tree.ADVANTAGES, rewards.REWARDS, schedules.METHODS, sde.STEPS)]
     try:
         exec(snippet, {})
         small = "--iterations 1 --leaves 4 --prompts-per-iteration 1 --eval-size 2"
@@ -65,7 +94,7 @@ def test_snippets_train(snippet, argv, tmp_path, capsys):
             table.clear()
             table.update(before)
     assert '"iterations": 1' in capsys.readouterr().out
-    assert argv in README.replace("`", "")
+    assert argv in (README + EXTEND).replace("`", "")
 
 
 def test_commands_parse():

@@ -1,4 +1,4 @@
-"""Every method of the field as a forest: its shape, its stochastic steps, how windows slide, what randomness depends on."""
+"""Every method of the field as a forest: shape, stochastic steps, how windows slide, what randomness depends on."""
 
 import math
 from fractions import Fraction
@@ -40,10 +40,12 @@ def options(method, **changed):
 
 
 def stochastic(forest):
+    """The steps that draw noise."""
     return [i for i in range(forest.steps) if forest.stochastic(i)]
 
 
 def forests(args, iterations=None):
+    """The forests of all iterations, or of the first ones."""
     return [schedule_of(args, i).forest for i in range(iterations or args.iterations)]
 
 
@@ -88,10 +90,15 @@ def test_flowgrpo_is_independent_trajectories():
 
 
 def test_branchgrpo_mix_slides_over_17_positions():
-    """300 iterations over 17 starts: one later every 300 // 17 = 17; splits are always stochastic, the last step never."""
+    """300 iterations over 17 starts: one later every 300 // 17 = 17 iterations.
+
+    Splits are always stochastic, and the last step never is.
+    """
     args = options("branchgrpo-mix")
     starts = oracle.window_positions(0, 16, 300)
     assert len(set(starts)) == 17 and starts[16] == 0 and starts[17] == 1
+
+    # `chosen` holds the last step where the window reaches it, since the paper's NFE counts it.
     for start, forest in zip(starts, forests(args)):
         assert forest.splits == (0, 3, 6, 9)
         assert stochastic(forest) == sorted({0, 3, 6, 9, *range(start, start + 4)} - {T - 1})
@@ -122,8 +129,8 @@ def test_mixgrpo_splits_at_the_windows_first_step():
 def test_mixgrpo_of_width_1_never_starts_at_the_ode_step():
     """Its window begins with a split, so the last start is T - 2."""
     for iterations in (19, 40):
-        seen = [forest.splits for forest in forests(options("mixgrpo", mix=1, iterations=iterations))]
-        assert seen == [(start,) for start in oracle.window_positions(0, 18, iterations)]
+        splits = [forest.splits for forest in forests(options("mixgrpo", mix=1, iterations=iterations))]
+        assert splits == [(start,) for start in oracle.window_positions(0, 18, iterations)]
 
 
 @pytest.mark.parametrize("method, after", [("flowgrpo-fast", 2), ("tempflow", 1)])
@@ -138,6 +145,8 @@ def test_one_random_step_then_ode(method, after):
         counts[step] += 1
         assert forest.sizes == (1,) * (step + 1) + (16,) * (T - step)
         assert stochastic(forest) == [i for i in range(step, step + after) if i < T - 1]
+
+    # The last step is never drawn, every other one is, and none too often.
     p = 1 / (T - 1)
     assert counts[T - 1] == 0 and (counts[:-1] > 0).all()
     assert np.abs(counts[:-1] - 400 * p).max() < 5 * math.sqrt(400 * p * (1 - p))
@@ -148,8 +157,10 @@ def test_a_plan_is_a_function_of_seed_and_iteration(method):
     """Asked again, or in another order, an iteration's plan is the same: a resumed run agrees."""
     args = options(method, timestep_fraction=0.5, depth_prune=3)
     forward = [schedule_of(args, i) for i in range(30)]
-    np.random.seed(123)
+    np.random.seed(123)  # a global seed has no say
     assert forward == [schedule_of(args, i) for i in reversed(range(30))][::-1]
+
+    # Iterations differ from each other, and seeds do.
     chosen = [p.trained_steps for p in forward]
     if method != "tempflow":  # which has one stochastic step
         assert len(set(chosen)) > 1
@@ -165,7 +176,7 @@ def test_a_plan_is_a_function_of_seed_and_iteration(method):
 @pytest.mark.parametrize("fraction", ["0.05", "0.28", "0.5", "0.6", "1"])
 @pytest.mark.parametrize("method, changed", [("dancegrpo", {}), ("branchgrpo-mix", {}), ("flowgrpo", {"steps": 26})])
 def test_timestep_fraction_trains_the_ceiling(method, changed, fraction):
-    """ceil(f n) of the n stochastic steps, with f n computed exactly (.28 * 25 is 7, in floats 7.000000000000001)."""
+    """ceil(f n) of the n stochastic steps, with f n computed exactly (0.28 * 25 is 7, in floats 7.000000000000001)."""
     args = options(method, timestep_fraction=float(fraction), **changed)
     for i in range(10):
         p = schedule_of(args, i)
@@ -183,7 +194,7 @@ def test_timestep_fraction_reaches_every_step_equally():
     assert np.abs(counts[:-1] - 300 * p).max() < 5 * math.sqrt(300 * p * (1 - p))
 
 
-# ----------------------------------------------------------------------------------------------------------------- depth
+# ---------------------------------------------------------------------------------------------------------------- depth
 def test_the_depth_window_sweeps_from_the_last_split_to_the_stop():
     """Width 5 of T = 20: starts 10..14, one later every 300 // 5 = 60 iterations; off by default."""
     assert schedule_of(options("branchgrpo"), 0).depth_window is None
@@ -197,7 +208,7 @@ def test_the_depth_window_sweeps_from_the_last_split_to_the_stop():
     assert [schedule_of(stopped, i).depth_window[0] for i in (0, 149, 150, 299)] == [10, 10, 11, 11]
 
 
-# -------------------------------------------------------------------------------------------------------------- TempFlow
+# ------------------------------------------------------------------------------------------------------------- TempFlow
 @pytest.mark.parametrize("sde, eta", [("flow", 0.7), ("dance", 0.3), ("cps", 0.8)])
 def test_tempflow_weights_are_the_stds_at_mean_1(sde, eta):
     """w_i = std_i / mean(std over steps 0..T-2); the last step is not trained."""

@@ -27,7 +27,7 @@ def scalar_step(kind, x, v, sigma, sigma_next, eta, sigma_1=0.9):
     return mean.item(), std.item()
 
 
-# -------------------------------------------------------------------------------------------------------------- schedule
+# ------------------------------------------------------------------------------------------------------------- schedule
 @few
 @given(st.integers(1, 60), st.floats(0.2, 8))
 def test_schedule_is_the_formula(steps, shift):
@@ -60,7 +60,7 @@ def test_schedule_rejects(steps, shift):
         sigma_schedule(steps, shift)
 
 
-# --------------------------------------------------------------------------------------------------------------- moments
+# -------------------------------------------------------------------------------------------------------------- moments
 @few
 @given(st.sampled_from(KINDS), levels, levels, st.floats(0.05, 0.95), st.integers(0, 10**6))
 def test_moments_are_the_formula(kind, a, b, eta, seed):
@@ -81,15 +81,17 @@ def test_every_row_has_its_own_sigma(kind):
     sigma, sigma_next = sigmas[step].view(-1, 1, 1), sigmas[step + 1].view(-1, 1, 1)
     mean, std = step_moments(kind, x, v, sigma, sigma_next, 0.5, float(sigmas[1]))
     assert mean.shape == x.shape and std.shape == (5, 1, 1)
+
+    # One row at a time, with the noise levels as floats.
     for b, i in enumerate(step.tolist()):
-        args = (float(sigmas[i]), float(sigmas[i + 1]), 0.5, float(sigmas[1]))
-        want_mean, want_std = oracle.step_moments(kind, x[b].numpy(), v[b].numpy(), *args)
+        levels = (float(sigmas[i]), float(sigmas[i + 1]), 0.5, float(sigmas[1]))
+        want_mean, want_std = oracle.step_moments(kind, x[b].numpy(), v[b].numpy(), *levels)
         np.testing.assert_allclose(mean[b].numpy(), want_mean, rtol=1e-10)
         assert std[b].item() == pytest.approx(want_std, rel=1e-12)
 
 
 def test_flow_takes_sigma_1_under_the_root_where_sigma_is_1():
-    """At sigma = 1: s^2 = a^2 / (1 - sigma_1); mean = x (1 + s^2 dt / 2) + v dt; with numbers, a = .7, sigma_1 = .9."""
+    """At sigma = 1: s^2 = a^2 / (1 - sigma_1); mean = x (1 + s^2 dt / 2) + v dt; here a = 0.7, sigma_1 = 0.9."""
     mean, std = scalar_step("flow", 2.0, 0.5, 1.0, 0.9, 0.7, sigma_1=0.9)
     assert std == pytest.approx(math.sqrt(0.49 / 0.1) * math.sqrt(0.1))  # 0.7
     assert mean == pytest.approx(2 * (1 + 4.9 * -0.1 / 2) + 0.5 * -0.1)  # 1.46
@@ -105,9 +107,9 @@ def test_ode_is_euler():
 def test_small_noise_reaches_the_ode_at_second_order(kind):
     """mean(eta) - mean(ode) = O(eta^2) and std = O(eta): both shrink, by 100 and by 10 as eta falls by 10."""
     ode, _ = scalar_step("ode", 0.8, -0.3, 0.6, 0.4, 0.0)
-    (m1, s1), (m2, s2) = (scalar_step(kind, 0.8, -0.3, 0.6, 0.4, eta) for eta in (1e-2, 1e-3))
-    assert abs(m1 - ode) / abs(m2 - ode) == pytest.approx(100, rel=0.02)
-    assert s1 / s2 == pytest.approx(10, rel=1e-3) and s2 < 1e-2
+    (mean, std), (mean_small, std_small) = (scalar_step(kind, 0.8, -0.3, 0.6, 0.4, eta) for eta in (1e-2, 1e-3))
+    assert abs(mean - ode) / abs(mean_small - ode) == pytest.approx(100, rel=0.02)
+    assert std / std_small == pytest.approx(10, rel=1e-3) and std_small < 1e-2
 
 
 @few
@@ -141,7 +143,10 @@ def variance_after(kind, var, sigma, sigma_next, eta, c):
 @pytest.mark.parametrize("sigma", [0.3, 0.8])
 @pytest.mark.parametrize("kind, eta", [("dance", 0.3), ("dance", 1.0), ("flow", 0.7), ("ode", 0.0)])
 def test_one_step_keeps_the_marginal(kind, eta, sigma, c):
-    """The variance after one step misses the true one by O(dt^2): a quarter as dt halves; a wrong drift leaves O(dt)."""
+    """The variance after one step misses the true one by O(dt^2).
+
+    The error is then a quarter where dt is a half. A wrong drift would leave O(dt), and half the error.
+    """
     errors = []
     for dt in (4e-4, 2e-4):
         after = variance_after(kind, variance(sigma, c), sigma, sigma - dt, eta, c)
@@ -152,7 +157,7 @@ def test_one_step_keeps_the_marginal(kind, eta, sigma, c):
 
 @pytest.mark.parametrize("kind, eta", [("dance", 0.3), ("flow", 0.7)])
 def test_many_steps_converge_to_the_data(kind, eta, c=0.7):
-    """From the exact marginal at sigma = .9 down to .05 in n steps the variance converges at first order in 1/n."""
+    """From the exact marginal at sigma = 0.9 to 0.05 in n steps: the variance converges at first order in 1/n."""
     errors = []
     for n in (200, 400):
         path = np.linspace(0.9, 0.05, n + 1)
@@ -169,7 +174,7 @@ def test_unknown_step_is_an_error():
         scalar_step("heun", 1.0, 1.0, 0.5, 0.4, 0.3)
 
 
-# -------------------------------------------------------------------------------------------------------------- log-prob
+# ------------------------------------------------------------------------------------------------------------- log-prob
 @few
 @given(st.floats(0.01, 3), st.integers(0, 10**6))
 def test_logp_is_the_mean_over_dimensions_of_normal(std, seed):
@@ -195,8 +200,9 @@ def test_upstream_density_is_the_bare_square():
         assert logp.tolist() == [-5.0, -2.0]
 
 
-# ---------------------------------------------------------------------------------------------------------- branch noise
+# --------------------------------------------------------------------------------------------------------- branch noise
 def siblings(parents, branch, shape, s, seed=0):
+    """Branch noise with an axis for parents and one for the K siblings of each."""
     noise = branch_noise(parents, branch, shape, s, torch.Generator().manual_seed(seed))
     assert noise.shape == (parents * branch, *shape)
     return noise.double().unflatten(0, (parents, branch))  # (parents, K, ...)
@@ -209,10 +215,13 @@ def test_branch_noise_moments(s, n=40_000, sigmas=6):
     Estimators of n draws: the mean has std 1/sqrt(n), the variance sqrt(2/n), the fourth moment sqrt(96/n), the
     covariance sqrt((1 + c^2)/n). All must lie within 6 of them.
     """
+    # Each of the 3 siblings by itself is a standard normal.
     noise = siblings(n, 3, (2,), s)
     assert noise.mean(0).abs().max() < sigmas / math.sqrt(n)
     assert ((noise**2).mean(0) - 1).abs().max() < sigmas * math.sqrt(2 / n)
     assert ((noise**4).mean(0) - 3).abs().max() < sigmas * math.sqrt(96 / n)
+
+    # Two of them have the covariance c.
     c = 1 / (1 + s**2)
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert ((noise[:, a] * noise[:, b]).mean(0) - c).abs().max() < sigmas * math.sqrt((1 + c * c) / n)
@@ -246,8 +255,8 @@ def test_siblings_at_s_4_are_closer_than_cousins_and_adjacent():
 
 
 def test_branch_noise_is_the_generators():
-    args = (3, 2, (4, 5), 4.0)
-    first, again, other = (branch_noise(*args, torch.Generator().manual_seed(k)) for k in (7, 7, 8))
+    shape = (3, 2, (4, 5), 4.0)
+    first, again, other = (branch_noise(*shape, torch.Generator().manual_seed(k)) for k in (7, 7, 8))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.dtype == torch.float32
 

@@ -20,7 +20,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from workers import gradients, prepared
+from workers import gradients_of_an_iteration, prepared_run
 
 import checkpoint
 import launch
@@ -82,6 +82,7 @@ def test_the_last_line_is_one_json_document(finished):
     history = rows(out)
     assert document["reward_before"] == history[0]["heldout_reward"]
     assert document["reward_after"] == history[-1]["heldout_reward"]
+
     # T = 10, K = 2, splits 0 and 4: forwards 1 + 4 x 2 + 5 x 4 = 29, trained parents 1 + 2, edges 2 + 4; 2 prompts
     assert document["nfe"] == 4 * 2 * (29 + 3) and document["trained_edges"] == 2 * 6
     assert "forwards       2 x 29" in done.stdout and "--eta" in done.stdout
@@ -92,16 +93,20 @@ def test_what_a_run_leaves_behind(finished):
     out, _ = finished
     for name in ("before_after.png", "curves.png", "tree.png"):
         assert min(Image.open(out / name).size) > 200
+
+    # The model is a pipeline that diffusers loads.
     pipe = FluxPipeline.from_pretrained(out / "model")
     pipe.set_progress_bar_config(disable=True)
     picture = pipe('red "CAT"', height=32, width=64, num_inference_steps=2, max_sequence_length=16).images[0]
     assert picture.size == (64, 32)
+
+    # What TensorBoard, the folder and metrics.jsonl hold.
     board = event_accumulator.EventAccumulator(str(out / "tensorboard")).Reload().Tags()
     assert {"reward_mean", "heldout_exact"} <= set(board["scalars"])
     assert board["images"] and set(board["histograms"]) == {"leaf_rewards", "advantages"}
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    wanted = "reward_mean reward_std reward_ocr reward_colour ratio_dev clip_frac kl grad_norm nfe loss"
-    assert set(wanted.split()) <= set(rows(out)[1])
+    metrics = "reward_mean reward_std reward_ocr reward_colour ratio_dev clip_frac grad_norm nfe loss"
+    assert set(metrics.split()) <= set(rows(out)[1]) and "kl" not in rows(out)[1]  # it was not asked for
     assert {"heldout_reward", "heldout_exact", "heldout_colour"} <= set(rows(out)[0])
     assert {"seconds_rollout", "seconds_reward", "seconds_train"} <= set(
         json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
@@ -140,46 +145,58 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, capsys, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         run(capsys, "--out", out)
     monkeypatch.setattr(loop, "iterate", iterate)
+
+    # What a kill may leave behind beside that.
     (out / ".writing").mkdir(exist_ok=True)  # as a kill inside a save leaves it
     (out / ".writing" / "trainable.safetensors").write_bytes(b"half")
     (out / "metrics.jsonl").open("a").write('{"iteration": 99}\n')  # a row that no checkpoint knows
+
+    # Both ways to resume; then the rows and the averaged weights.
     run(capsys, *(["--resume", out] if stop_at else ["--out", out, "--resume"]))
     assert rows(out) == rows(finished[0])
-    kept = [state(p / "checkpoint-4", tmp_path) for p in (out, finished[0])]
-    assert all(torch.equal(kept[0]["ema"][k], v) for k, v in kept[1]["ema"].items() if k != "step")
-    assert kept[0]["ema"]["step"] == kept[1]["ema"]["step"] == 4
+    resumed, whole = (state(folder / "checkpoint-4", tmp_path)["ema"] for folder in (out, finished[0]))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items() if name != "step")
+    assert resumed["step"] == whole["step"] == 4
 
 
 @pytest.mark.slow
 def test_sigkill_and_resume(tmp_path):
     """Twenty runs killed with SIGKILL at random moments go on to the same metrics as one left alone.
 
-    Each fourth is two processes with --fsdp, all killed at once; each fifth may be killed before it has made its folder.
+    Each fourth is two processes with --fsdp, all killed at once. Each fifth may be killed before it has made its
+    folder.
     """
     flags = [*SMALL.split(), "--iterations", "12", "--device", "cpu"]
     alone = [sys.executable, HERE / "train_image.py", *flags, "--out"]
-    both = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    both = [sys.executable, *both, HERE / "train_image.py", *flags, "--fsdp", "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    sharded = [sys.executable, *torchrun, HERE / "train_image.py", *flags, "--fsdp", "--out"]
     run_whole = partial(
         subprocess.run, check=True, capture_output=True, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    wanted = {}
-    for name, argv in (("alone", alone), ("both", both)):
+
+    # What a run that is left alone writes.
+    commands, want = {"alone": alone, "sharded": sharded}, {}
+    for name, argv in commands.items():
         run_whole([*argv, tmp_path / name])
-        wanted[name] = rows(tmp_path / name)
+        want[name] = rows(tmp_path / name)
+
     rng, quiet = np.random.default_rng(0), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for i in range(20):
-        name, argv, out = ("both", both, tmp_path / f"{i}") if i % 4 == 3 else ("alone", alone, tmp_path / f"{i}")
+        # Start one, and wait until it trains, or not even that.
+        name, out = "sharded" if i % 4 == 3 else "alone", tmp_path / f"{i}"
+        argv = commands[name]
         process = psutil.Popen([*argv, out], cwd=HERE, **quiet, env=os.environ | {"OMP_NUM_THREADS": "1"})
         while i % 5 and not (out / "metrics.jsonl").exists():
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 3 if i % 5 else 12))
+
+        # Kill it with its children, and go on.
         with suppress(psutil.NoSuchProcess):  # it may have ended
-            for one in [process, *process.children(recursive=True)]:
-                one.kill()
+            for member in [process, *process.children(recursive=True)]:
+                member.kill()
         process.wait()
         run_whole([*argv, out, *["--resume"] * (out / "options.json").exists()])
-        assert rows(out) == wanted[name], i
+        assert rows(out) == want[name], i
 
 
 def test_two_processes_give_the_rows_of_one(finished, tmp_path):
@@ -202,7 +219,7 @@ def test_two_processes_give_the_rows_of_one(finished, tmp_path):
 
 @pytest.mark.parametrize("dtype, limit", [("fp32", 1e-6), ("bf16", 1e-4)])
 def test_ratio_on_the_full_tree(capsys, tmp_path, dtype, limit):
-    """The fully stochastic tree, trained in other batches than it was rolled out in: max |ratio - 1| of the first pass."""
+    """The fully stochastic tree, trained in other batches than it was rolled out in: the first pass has ratio 1."""
     flags = ["--method", "branchgrpo", "--leaves", 16, "--iterations", 1, "--micro-batch", 24, "--dtype", dtype]
     run(capsys, *flags, "--out", tmp_path / "a")
     assert rows(tmp_path / "a")[1]["ratio_dev"] < limit
@@ -212,11 +229,12 @@ METHODS = "branchgrpo branchgrpo-mix dancegrpo flowgrpo mixgrpo flowgrpo-fast te
 
 
 def velocities_and_gradients(flags: str, folder: Path) -> list[torch.Tensor]:
-    """Of the same latents, and of one iteration."""
-    one = prepared(f"--method branchgrpo --kl 0.1 --reward colour --watch jpeg {flags}", str(folder))
-    x = torch.randn(4, *one.policy.latent_shape, generator=torch.Generator().manual_seed(3))
-    v = one.policy.velocity(x, torch.tensor([1.0, 0.8, 0.4, 0.1]), one.policy.encode(one.prompts[:4])).detach()
-    return [v, torch.cat([g.flatten() for g in gradients(one).values()])]
+    """Velocities of four latents that are always the same, and the gradient of one iteration."""
+    small_run = prepared_run(f"--method branchgrpo --kl 0.1 --reward colour --watch jpeg {flags}", str(folder))
+    policy = small_run.policy
+    x = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    v = policy.velocity(x, torch.tensor([1.0, 0.8, 0.4, 0.1]), policy.encode(small_run.prompts[:4])).detach()
+    return [v, torch.cat([g.flatten() for g in gradients_of_an_iteration(small_run).values()])]
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +242,15 @@ def plainly(tmp_path_factory):
     return velocities_and_gradients("", tmp_path_factory.mktemp("plain"))
 
 
-MEMORY = "--micro-batch 3,--micro-batch 0,--gradient-checkpointing,--tree-offload,--text-offload,--text-cache TEXT,--reward-offload"
+MEMORY = "--micro-batch 3,--micro-batch 0,--gradient-checkpointing,--tree-offload,--text-offload"
+MEMORY += ",--text-cache TEXT,--reward-offload"
 
 
 @pytest.mark.parametrize("flags", [*MEMORY.split(","), pytest.param("--compile", marks=pytest.mark.slow)])
 def test_memory_flags_leave_velocities_and_gradients_unchanged(plainly, tmp_path, flags):
-    found = velocities_and_gradients(flags.replace("TEXT", str(tmp_path / "text")), tmp_path)
-    for ours, plain in zip(found, plainly):
-        assert plain.norm() > 0 and (ours - plain).norm() < 1e-5 * plain.norm()
+    with_flags = velocities_and_gradients(flags.replace("TEXT", str(tmp_path / "text")), tmp_path)
+    for changed, plain in zip(with_flags, plainly):
+        assert plain.norm() > 0 and (changed - plain).norm() < 1e-5 * plain.norm()
 
 
 def test_a_checkpoint_becomes_a_model(finished, capsys, tmp_path):
@@ -290,18 +309,21 @@ def test_every_method_trains(capsys, tmp_path, method):
 
 
 def test_the_readme_command(capsys, tmp_path):
-    """`python train_image.py --branch 4 --depth-prune`: 16 leaves stay 16 leaves, by two splits; pruning takes effect."""
+    """`python train_image.py --branch 4 --depth-prune`: 16 leaves stay 16, by two splits; pruning takes effect."""
     argv = ["--branch", 4, "--depth-prune", "--prompts-per-iteration", 1, "--eval-size", 2, "--iterations", 1]
     train_image.main([*map(str, argv), "--out", str(tmp_path / "a")])
     out = capsys.readouterr().out
-    assert "--method                 branchgrpo\n" in out and "--splits                 (0, 4)" in out
-    # K = 4, splits 0 and 4 of 10: edges of the steps 0..8 are 4 x 4 + 5 x 16 = 96, the window of 2 after step 4 drops 32
+    printed = {row.split()[0]: row.split()[1:] for row in out.splitlines() if row.startswith("  --")}
+    assert printed["--method"][0] == "branchgrpo" and printed["--splits"][0] == "0,4"
+
+    # K = 4, splits 0 and 4 of 10: steps 0..8 have 4 x 4 + 5 x 16 = 96 edges, the window of 2 after step 4 drops 32.
     assert json.loads(out.splitlines()[-1])["leaves"] == 16
     assert rows(tmp_path / "a")[1]["trained_edges"] == 96 - 32
 
 
 def test_lora_kl_ema_cps_train_together(capsys, tmp_path):
     flags = "--lora 4 --kl 0.01 --sde cps --eta 0.5 --cps-density upstream --iterations 2 --width-prune extreme-1"
+    flags += " --updates 3 --updates-by parents --advantage sibling"  # two prompts, three optimiser steps
     run(capsys, *flags.split(), "--out", tmp_path / "a")
     second = rows(tmp_path / "a")[2]
     assert second["kl"] > 0
@@ -395,12 +417,15 @@ def test_heldout_prompts_are_unseen():
 
     from tiny.make_tiny_flux import Words, choose_heldout
 
+    # The files hold what their maker says.
     strings = {}
     for name in ("train", "heldout"):
         lines = (HERE / f"tiny/prompts_{name}.txt").read_text().splitlines()
         strings[name] = [line.split('"')[1] for line in lines]
     assert len(set(strings["heldout"])) == 256 and len(set(strings["train"])) == 2048
     assert strings["heldout"] == choose_heldout(random.Random(0), 256)
+
+    # No held-out string overlaps with a training prompt, or with one of 20,000 strings of pre-training.
     words = Words(random.Random(1), strings["heldout"])
     drawn = set(strings["train"]) | {words.draw() for _ in range(20000)}
     for held in strings["heldout"]:
@@ -410,10 +435,10 @@ def test_heldout_prompts_are_unseen():
 def test_the_learning_rate_falls_linearly(capsys, tmp_path):
     run(capsys, "--out", tmp_path / "a", "--lr", 1e-3, "--lr-end", 0.2)
     run(capsys, "--out", tmp_path / "b", "--lr", 1e-3, "--lr-end", 1)
-    for name, wanted in (("a", [1e-3, 0.8e-3, 0.6e-3, 0.4e-3]), ("b", [1e-3] * 4)):
-        assert [row["lr"] for row in rows(tmp_path / name)[1:]] == pytest.approx(wanted)
+    for name, want in (("a", [1e-3, 0.8e-3, 0.6e-3, 0.4e-3]), ("b", [1e-3] * 4)):
+        assert [row["lr"] for row in rows(tmp_path / name)[1:]] == pytest.approx(want)
         groups = state(tmp_path / name / "checkpoint-4", tmp_path)["optimizer"]["param_groups"]
-        assert groups[0]["lr"] == pytest.approx(wanted[-1])
+        assert groups[0]["lr"] == pytest.approx(want[-1])
 
 
 def test_the_prompt_stream_is_a_permutation_each_epoch():
@@ -427,18 +452,20 @@ def test_the_prompt_stream_is_a_permutation_each_epoch():
 @pytest.mark.parametrize("updates", [1, 2])
 def test_an_update_has_the_same_prompts_on_any_number_of_processes(updates):
     args, prompts = SimpleNamespace(prompts_per_iteration=8, seed=0), [str(i) for i in range(20)]
-    found = []
+    by_processes = []  # for each number of processes, the prompts of each update
     for n in (1, 2, 4):
         accelerators = [SimpleNamespace(num_processes=n, process_index=i) for i in range(n)]
-        each = [own_prompts(args, a, prompts, 3) for a in accelerators]
-        share = 8 // n // updates  # as `iterate` divides them
-        found.append([sorted(p for mine in each for p in mine[k * share :][:share]) for k in range(updates)])
-    assert found[0] == found[1] == found[2] and sorted(sum(found[0], [])) == sorted(prompts_at(prompts, 0, 24, 8))
+        owned = [own_prompts(args, accelerator, prompts, 3) for accelerator in accelerators]
+        m = 8 // n // updates  # prompts of one process in one update, as `iterate` divides them
+        by_processes.append([sorted(p for own in owned for p in own[k * m :][:m]) for k in range(updates)])
+
+    one, two, four = by_processes
+    assert one == two == four and sorted(sum(one, [])) == sorted(prompts_at(prompts, 0, 24, 8))
 
 
 def test_the_average_of_weights_has_the_decay_it_was_given(tmp_path):
-    """From the first update on: no warm-up, which at .995 would last 1,800 updates."""
-    run = prepared("--ema 0.9", str(tmp_path))
+    """From the first update on: no warm-up, which at 0.995 would last 1,800 updates."""
+    run = prepared_run("--ema 0.9", str(tmp_path))
     weights, values, want = list(run.policy.trainable()), [1.0, 2.0, 4.0, 8.0], 1.0
     for value in values:
         weights[0].data.fill_(value)
@@ -466,6 +493,7 @@ def test_files_may_move_before_a_resumption_but_not_change(tmp_path):
 
 
 def credit_mixed(scores, weights, mix, width=None):
+    """Rewards, advantages and masks of two prompts with four leaves each, mixed in one of the two ways."""
     forest = make_forest(4, 2, (0, 1))
     out = Rollout([torch.zeros(2, n, 1) for n in forest.sizes], [torch.zeros(2, n) for n in forest.sizes[1:]], [])
     args = SimpleNamespace(reward_mix=mix, fusion_beta=1.0, adv_clip=5.0, advantage="depth")
@@ -481,16 +509,20 @@ def test_rewards_are_mixed_before_or_after_normalisation():
     one = credit_mixed({"a": a, "b": b}, {"a": 1.0}, "reward")[1]
     for x, y in zip(one, credit_mixed({"a": a, "b": b}, {"a": 1.0}, "advantage")[1]):
         torch.testing.assert_close(x, y)
-    both = {"a": 1.0, "b": 0.5}
-    rewards, small, _ = credit_mixed({"a": a, "b": b}, both, "advantage")
+
+    # Two rewards, with weights 1 and 0.5.
+    weights = {"a": 1.0, "b": 0.5}
+    rewards, small, _ = credit_mixed({"a": a, "b": b}, weights, "advantage")
     torch.testing.assert_close(rewards, (a + 0.5 * b).view(2, 4))
     other = credit_mixed({"a": a, "b": b}, {"b": 1.0}, "reward")[1]
     for x, y, z in zip(small, one, other):
         torch.testing.assert_close(x, y + 0.5 * z)
-    _, large, _ = credit_mixed({"a": a, "b": 1000 * b}, both, "advantage")
+
+    # One of them on a scale a thousand times as large.
+    _, large, _ = credit_mixed({"a": a, "b": 1000 * b}, weights, "advantage")
     for x, y in zip(small, large):  # but for eps, 1e-4 beside the spread
         torch.testing.assert_close(x, y, atol=3e-3, rtol=1e-3)
-    summed = credit_mixed({"a": a, "b": 1000 * b}, both, "reward")[1]
+    summed = credit_mixed({"a": a, "b": 1000 * b}, weights, "reward")[1]
     assert (summed[0] - large[0]).abs().max() > 0.1
 
 

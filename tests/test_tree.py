@@ -1,4 +1,4 @@
-"""Shape, credit, pruning and counting of the forest: against explicit node objects, and against trees worked by hand."""
+"""Shape, credit, pruning and counting of the forest: against explicit node objects and trees worked by hand."""
 
 import json
 import math
@@ -27,6 +27,8 @@ PAPER = (20, 2, (0, 3, 6, 9))
 def shapes(draw, splits_needed=False):
     """(steps, branch, splits, roots) with at most 64 leaves."""
     steps, branch, roots = draw(st.integers(2, 12)), draw(st.integers(2, 4)), draw(st.integers(1, 3))
+
+    # roots K^splits is at most 64, and the last step never splits.
     most = int(math.log(64 / roots, branch) + 1e-9)
     possible = st.integers(0, steps - 2)
     splits = draw(st.lists(possible, unique=True, min_size=int(splits_needed), max_size=min(most, steps - 1)))
@@ -49,6 +51,7 @@ def fill(trees, rng):
     for t in trees:
         for edge in t.edges():
             edge.logp = float(rng.normal(-1, 2)) if t.stochastic(edge.step) else 0.0
+
     paths = []
     for t in trees:
         paths.append([sum(e.logp for e in leaf.up_to(None) if e.parent is not None) for leaf in t.leaves()])
@@ -75,7 +78,7 @@ def equal_masks(masks, trees):
     return True
 
 
-# ----------------------------------------------------------------------------------------------------------------- shape
+# ---------------------------------------------------------------------------------------------------------------- shape
 @many
 @given(shapes())
 def test_shape_is_the_node_trees(shape):
@@ -95,14 +98,14 @@ def test_shape_is_the_node_trees(shape):
 @given(shapes(), st.data())
 def test_ancestors_are_found_by_walking(shape, data):
     forest, nodes = pair(shape)
-    of = data.draw(st.integers(0, forest.steps))
-    depth = data.draw(st.integers(0, of))
+    below = data.draw(st.integers(0, forest.steps))
+    depth = data.draw(st.integers(0, below))
     level, want = nodes.level(depth), []
-    for n in nodes.level(of):
+    for n in nodes.level(below):
         while n.depth > depth:
             n = n.parent
         want.append(level.index(n))
-    assert forest.ancestors(depth, of).tolist() == want
+    assert forest.ancestors(depth, below).tolist() == want
 
 
 def test_the_last_step_is_never_stochastic_and_splits_always_are():
@@ -158,16 +161,16 @@ def test_spread_splits_rejects(args):
         tree.spread_splits(*args)
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 def test_the_papers_tree():
-    """1 + 2 + 2 + 2 + 4*3 + 8*3 + 16*11 = 219 nodes; 13.6875 a leaf, the paper prints 13.68."""
+    """1 + 2 + 2 + 2 + 4*3 + 8*3 + 16*11 = 219 nodes; 13.6875 per leaf, where the paper prints 13.68."""
     want = {"leaves": 16, "nodes": 219, "edges": 218, "forwards": 203, "kept": 218, "trainable": 202}
     assert count(make_forest(*PAPER)) == want | {"trained_parents": 187}
     assert (219 / 16, 218 / 16, 203 / 16) == (13.6875, 13.625, 12.6875)
 
 
 def test_the_papers_prunings():
-    """Kept 138 = 8.625 a leaf by Parent-Top1, Extreme-4 and a depth window of 5; a window of 4 leaves 154."""
+    """Kept 138 = 8.625 per leaf by Parent-Top1, Extreme-4 and a depth window of 5; a window of 4 leaves 154."""
     variants = tree.count_variants(*PAPER)
     got = {name: (v["kept"], v["trainable"], v["trained_parents"]) for name, v in variants.items()}
     assert got["all"] == (218, 202, 187)
@@ -179,7 +182,7 @@ def test_the_papers_prunings():
 
 
 def test_the_papers_mix():
-    """Window of 4 over its 17 starts, splits always in: 68.24 edges = 4.26 a leaf; the oracle counts each start."""
+    """Window of 4 over its 17 starts, splits always in: 68.24 edges = 4.26 per leaf; the oracle counts each start."""
     by_hand = []
     for start in range(17):
         nodes = oracle.Tree(1, *PAPER, chosen=range(start, start + 4))
@@ -191,7 +194,7 @@ def test_the_papers_mix():
 
 
 def test_wider_trees():
-    """K = 3: 81 leaves, 1008 edges, 12.44 a leaf; K = 4: 256 leaves."""
+    """K = 3: 81 leaves, 1008 edges, 12.44 per leaf; K = 4: 256 leaves."""
     three, four = count(make_forest(20, 3, (0, 3, 6, 9))), count(make_forest(20, 4, (0, 3, 6, 9)))
     assert (three["leaves"], three["edges"]) == (81, 1008) and round(1008 / 81, 2) == 12.44
     assert four["leaves"] == 256 and four["edges"] == 4 * 3 + 16 * 3 + 64 * 3 + 256 * 11
@@ -202,11 +205,15 @@ def test_cost_in_forwards():
     flat = count(make_forest(20, 2, (), roots=16))
     full = flat["forwards"] + 3 * flat["trained_parents"]
     assert full == 1232
-    v = tree.count_variants(*PAPER)
-    cost = {name: round((203 + 3 * row["trained_parents"]) / full, 3) for name, row in v.items()}
+
+    # The paper's tree has 203 forwards, whatever is pruned from it.
+    variants = tree.count_variants(*PAPER)
+    cost = {name: round((203 + 3 * row["trained_parents"]) / full, 3) for name, row in variants.items()}
     assert cost["depth_5"] == 0.425 and cost["parent_top1"] == 0.445 and cost["mix_4_mean"] == 0.292
-    splits_alone = count(make_forest(*PAPER, chosen=()))
-    assert splits_alone["trained_parents"] == 15 and splits_alone["trainable"] == 30
+
+    # With noise at the splits only, 1 + 2 + 4 + 8 = 15 parents are trained.
+    splits_only = count(make_forest(*PAPER, chosen=()))
+    assert splits_only["trained_parents"] == 15 and splits_only["trainable"] == 30
     assert round((203 + 3 * 15) / full, 2) == 0.20
 
 
@@ -238,7 +245,7 @@ def test_counts_of_any_mask_are_the_oracles(shape, seed):
     assert count(forest, masks) == oracle.count(nodes)
 
 
-# ---------------------------------------------------------------------------------------------------------------- fusion
+# --------------------------------------------------------------------------------------------------------------- fusion
 @many
 @given(shapes(), st.floats(0, 2), st.integers(0, 10**6))
 def test_fusion_and_advantages_are_the_oracles(shape, beta, seed):
@@ -249,6 +256,8 @@ def test_fusion_and_advantages_are_the_oracles(shape, beta, seed):
     for t, r in zip(trees, rewards):
         oracle.fuse(t, r.tolist(), beta)
         oracle.depth_advantages(t, clip=1.5)
+
+    # Eq. 3, then Eq. 4.
     fused = fuse(torch.from_numpy(rewards), paths, forest, beta)
     assert len(fused) == forest.steps + 1 and all(f.dtype == torch.float64 for f in fused)
     for got, want in zip(fused, per_level(trees, "fused")):
@@ -289,7 +298,8 @@ def test_a_tree_by_hand_beta_0():
 def test_a_tree_by_hand_beta_1():
     """Four leaves, splits at steps 0 and 1 of 3, beta = 1, rewards 0 1 0 1, unequal path log-probs.
 
-    The edges have exp(logp) 1/2 and 5 (to the two nodes at depth 1), then 1 and 3 below the first, 1 and 1 below the second.
+    The edges have exp(logp) 1/2 and 5 (to the two nodes at depth 1), then 1 and 3 below the first, 1 and 1 below the
+    second.
     centred rewards -1/2 1/2 -1/2 1/2.
     first node: weights 1/4 3/4, fused (-1/2)/4 + (1/2)(3/4) = 1/4; second: weights 1/2 1/2, fused 0.
     root: path products 1/2 3/2 5 5, sum 12; fused (-1/2 + 3/2 - 5 + 5)/24 = 1/24.
@@ -339,7 +349,7 @@ def test_fusion_in_float64_survives_far_rewards_and_log_probs():
     assert advantages(fused, forest)[1][0].tolist() == pytest.approx([-1e-3 / 1.1e-3, 1e-3 / 1.1e-3] * 2, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------ advantages
+# ----------------------------------------------------------------------------------------------------------- advantages
 def advantages_of(shape, rewards, paths=None, beta=0.0, eps=tree.EPS, **kwargs):
     forest = make_forest(*shape)
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
@@ -355,8 +365,8 @@ def test_group_advantages_average_the_z_scores_of_the_leaves_below(shape, seed):
     rewards = rng.normal(size=(2, forest.leaves))
     z = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
     for a, n in zip(advantages_of(shape, rewards, clip=50.0, rule="group"), forest.sizes[1:], strict=True):
-        wanted = z.reshape(2, n, -1).mean(2) if forest.leaves > 1 else np.zeros((2, n))
-        np.testing.assert_allclose(a.numpy(), wanted, atol=1e-9)
+        want = z.reshape(2, n, -1).mean(2) if forest.leaves > 1 else np.zeros((2, n))
+        np.testing.assert_allclose(a.numpy(), want, atol=1e-9)
 
 
 @many
@@ -372,7 +382,7 @@ def test_a_constant_added_to_all_rewards_changes_nothing(shape, constant, beta, 
 @many
 @given(shapes(), st.floats(1, 100), st.integers(0, 10**6))
 def test_scaled_rewards_change_advantages_by_eps_alone(shape, scale, seed):
-    """(c r)/(c std + eps) = r/(std + eps/c): without eps scaling changes nothing, with it a smaller eps would do the same."""
+    """(c r)/(c std + eps) = r/(std + eps/c): scaling rewards by c is the same as dividing eps by c."""
     forest, rng = make_forest(*shape), np.random.default_rng(seed)
     rewards = torch.from_numpy(rng.normal(size=(2, forest.leaves)))
     for eps in (0.0, 1e-4):
@@ -448,7 +458,7 @@ def test_equal_rewards_give_exactly_0(shape, reward, seed):
 
 
 def test_a_depth_with_one_node_has_advantage_0():
-    """Before the first split, at step 2, there is one node a depth; at it and after there are two, with +-1."""
+    """Before the first split, at step 2, there is one node per depth; at it and after there are two, with +-1."""
     levels = advantages_of((5, 2, (2,), 1), [[0.0, 1.0]])
     assert [level.tolist() for level in levels[:2]] == [[[0.0]], [[0.0]]]
     assert all(level[0].tolist() == pytest.approx([-1, 1], abs=1e-3) for level in levels[2:])
@@ -494,7 +504,7 @@ def test_a_split_at_the_root_alone_is_flat_grpo():
             np.testing.assert_allclose(level.numpy(), want, rtol=1e-9)
 
 
-# --------------------------------------------------------------------------------------------------------------- pruning
+# -------------------------------------------------------------------------------------------------------------- pruning
 @many
 @given(shapes(splits_needed=True), st.floats(0, 2), st.integers(0, 10**6))
 def test_parent_top1_is_the_oracles(shape, beta, seed):
@@ -553,6 +563,8 @@ def test_width_pruning_by_hand():
     forest = make_forest(3, 2, (0, 1))
     fused = flat_fused(forest, [[1, 5, 7, 2]])
     top1, extreme = keep_parent_top1(forest, fused[-1]), keep_extreme(forest, fused[-1], 1)
+
+    # Everything up to the last split stays.
     for masks in (top1, extreme):
         assert masks[0].tolist() == [[True] * 2] and masks[1].tolist() == [[True] * 4]
     assert top1[2].tolist() == [[False, True, True, False]]
@@ -562,9 +574,13 @@ def test_width_pruning_by_hand():
 def test_ties_go_by_leaf_index():
     """All equal: Parent-Top1 keeps every parent's first child; Extreme-b the first b as best, the last b as worst."""
     forest = make_forest(4, 3, (0, 1))
+
+    # Nine leaves, three below each parent of the last split.
     fused = flat_fused(forest, [[2.0] * 9])
     assert keep_parent_top1(forest, fused[-1])[2].tolist() == [[True, False, False] * 3]
     assert keep_extreme(forest, fused[-1], 2)[2].tolist() == [[True] * 2 + [False] * 5 + [True] * 2]
+
+    # Four of nine are equal and best.
     partly = flat_fused(forest, [[1.0, 1, 0, 0, 1, 0, 0, 0, 1]])
     assert keep_extreme(forest, partly[-1], 2)[3].tolist() == [[True, True] + [False] * 4 + [True, True, False]]
     assert keep_parent_top1(forest, partly[-1])[3].tolist() == [
@@ -599,7 +615,7 @@ def test_both_keeps_what_all_keep():
     assert tree.intersect(a, b, c)[0].tolist() == [[True, False], [False, True]]
 
 
-# --------------------------------------------------------------------------------------------------------------- windows
+# -------------------------------------------------------------------------------------------------------------- windows
 @many
 @given(st.integers(0, 10), st.integers(0, 10), st.integers(1, 60), st.one_of(st.none(), st.integers(1, 7)))
 def test_a_window_sweeps_once_and_stays(first, more, iterations, every):
@@ -617,11 +633,13 @@ def test_a_window_whose_last_start_lies_before_its_first_stays_at_the_first():
 
 
 def test_paper_windows():
-    """Mix 4 of 20: starts 0..16, at every = 25 one later each 25 iterations. Depth 5: 10..14, so it ends at step 18."""
+    """Mix 4 of 20: starts 0..16; with every = 25 one later each 25 iterations. Depth 5: 10..14, its end is step 18."""
     args = SimpleNamespace(steps=20, mix=4, iterations=300, mix_every=1)
     assert (schedules.mix_window(args, 0, 20).start, schedules.mix_window(args, 299, 20).start) == (0, 16)
     starts = [tree.window_start(0, 16, i, 300, 25) for i in (0, 24, 25, 49, 50, 299)]
     assert starts == [0, 0, 1, 1, 2, 11]
+
+    # The depth window begins after the last split, 9, and may be told to stop earlier.
     forest = make_forest(*PAPER)
     assert tree.depth_window_range(forest, 5) == (10, 14)
     assert tree.depth_window_range(forest, 5, stop=16) == (10, 12)
@@ -638,26 +656,26 @@ def test_depth_window_by_hand():
     assert [not m.any() for m in drop_window(forest, 4, 5)] == [False, False, False, False, True, True]
 
 
-# -------------------------------------------------------------------------------------------------------------------- CLI
+# ------------------------------------------------------------------------------------------------------------------ CLI
 def test_the_command_line_prints_one_json_last():
     root = Path(__file__).parent.parent
     command = [sys.executable, "tree.py", "--steps", "20", "--branch", "2", "--splits", "0,3,6,9"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert list(found) == ["leaves", "nodes", "edges", "forwards", "variants"]
-    assert [found[k] for k in ("leaves", "nodes", "edges", "forwards")] == [16, 219, 218, 203]
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert list(document) == ["leaves", "nodes", "edges", "forwards", "variants"]
+    assert [document[k] for k in ("leaves", "nodes", "edges", "forwards")] == [16, 219, 218, 203]
     names = {"all", "parent_top1", "extreme_4", "depth_4", "depth_5", "mix_4_mean"}
-    assert set(found["variants"]) == names
-    assert all(set(v) == {"kept", "trainable", "trained_parents"} for v in found["variants"].values())
-    assert found["variants"]["depth_5"] == {"kept": 138, "trainable": 122, "trained_parents": 107}
+    assert set(document["variants"]) == names
+    assert all(set(v) == {"kept", "trainable", "trained_parents"} for v in document["variants"].values())
+    assert document["variants"]["depth_5"] == {"kept": 138, "trainable": 122, "trained_parents": 107}
     assert done.stdout.count("leaf ") >= 16
 
 
 def test_leaves_stand_for_splits_on_the_command_line(capsys):
     tree.main(["--steps", "10", "--leaves", "8"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
     want = oracle.Tree(1, 10, 2, (0, 2, 4))
-    assert found["leaves"] == 8 and found["nodes"] == len(want.nodes())
+    assert document["leaves"] == 8 and document["nodes"] == len(want.nodes())
 
 
 @pytest.mark.parametrize(
@@ -681,7 +699,7 @@ def test_the_drawing_has_a_row_a_leaf_and_shows_every_split():
 
 
 def test_a_drawing_by_hand():
-    """K = 2, splits at steps 0 and 2 of 4: a corner for every second child, a bar where a later sibling's line passes."""
+    """K = 2, splits at steps 0 and 2 of 4: a corner per second child, a bar where a later sibling's line passes."""
     assert tree.draw(make_forest(4, 2, (0, 2))).splitlines() == [
         "o┬───┬─── leaf 0",
         " │   └─── leaf 1",

@@ -39,22 +39,25 @@ OPPOSITE = {
 
 
 def clip(row, seed=0):
+    """A drawn video (1, 9, 3, H, W) of a row: colour, shape, motion."""
     return torch.from_numpy(draw(*row, random.Random(seed))).float()[None]
 
 
 @settings(deadline=None, max_examples=40)
 @given(ROWS, st.integers(0, 1000))
 def test_motion_is_one_when_right_and_zero_when_opposite(row, seed):
+    """Every drawn motion scores high under its own prompt and near 0 under the others, forwards and played backwards."""
     x = clip(row, seed)
     assert R.motion(x, [prompt(*row)]).item() > 0.8
     for other in MOTIONS:
         if other != row[2]:
             assert R.motion(x, [prompt(*row[:2], other)]).item() < 0.1, other
-    if row[2] in OPPOSITE:  # time reversed
+    if row[2] in OPPOSITE:
         assert R.motion(x.flip(1), [prompt(*row[:2], OPPOSITE[row[2]])]).item() == 1
 
 
 def test_motion_punishes_jerks_and_flicker():
+    """Frames that stand still and jump, and a brightness that changes from frame to frame."""
     x, p = clip(("red", "circle", "moves right")), ["a red circle moves right"]
     jerky = x[:, [0, 0, 4, 4, 4, 8, 8, 8, 8]]
     flicker = (x + 0.08 * torch.randn(9, 1, 1, 1, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
@@ -64,6 +67,7 @@ def test_motion_punishes_jerks_and_flicker():
 
 
 def test_the_command_line_scores_a_video(tmp_path, capsys):
+    """`python rewards.py score` of an mp4, once with its prompt and once with the opposite one."""
     x = clip(("blue", "square", "moves right"))
     frames = torch.nn.functional.interpolate(x[0], scale_factor=2)
     imageio.mimwrite(tmp_path / "a.mp4", list(R.to_uint8(frames)), fps=8, macro_block_size=1)
@@ -88,6 +92,7 @@ def test_what_video_rewards_cannot_score():
 
 
 def test_picture_rewards_see_first_middle_and_last_frame():
+    """A reward of pictures is the mean over three frames of a video."""
     x = torch.stack([torch.full((3, 4, 4), i / 10) for i in range(9)])[None].repeat(2, 1, 1, 1, 1)
     seen = []
 
@@ -100,22 +105,25 @@ def test_picture_rewards_see_first_middle_and_last_frame():
 
 
 def test_strips():
+    """Frames 0, 4 and 8 of nine side by side, each two pixels wide; pictures stay as they are."""
     x = torch.arange(9.0).view(1, 9, 1, 1, 1).expand(1, 9, 3, 2, 2)
     assert loop.strip(x)[0, 0, 0].tolist() == [0, 0, 4, 4, 8, 8]
     assert loop.strip(x[0]) is not None and loop.strip(x[0]).shape == x[0].shape
 
 
 def test_heldout_combinations_are_new_and_their_parts_are_not():
+    """Every colour, shape and motion is trained on, but no held-out combination; the files hold what is drawn."""
     rows, heldout = combinations(random.Random(0), 48)
     assert len(set(rows)) == 192 and len(set(heldout)) == 48 and not set(rows) & set(heldout)
     for part in range(3):
         assert {r[part] for r in rows} == {r[part] for r in [*rows, *heldout]}
-    for name, wanted in (("train", rows), ("heldout", heldout)):
+    for name, expected in (("train", rows), ("heldout", heldout)):
         lines = (HERE / f"tiny/video_{name}.txt").read_text().splitlines()
-        assert lines == [prompt(*row) for row in wanted]
+        assert lines == [prompt(*row) for row in expected]
 
 
 def test_the_embedded_wan_is_small_half_precision_and_as_its_card_says(tmp_path, capsys):
+    """Its files, and the rewards that its README states."""
     files = [p for p in (HERE / "tiny/wan").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) < 24e6
     for path in (HERE / "tiny/wan").rglob("*.safetensors"):
@@ -124,13 +132,13 @@ def test_the_embedded_wan_is_small_half_precision_and_as_its_card_says(tmp_path,
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     card = (HERE / "tiny/wan/README.md").read_text()
     for name in ("motion", "colour"):
-        assert document[f"{name}_before"] == pytest.approx(
-            float(re.search(rf"{name} reward (?:is )?(\d\.\d+)", card)[1]), abs=0.01
-        )
+        stated = float(re.search(rf"{name} reward (?:is )?(\d\.\d+)", card)[1])
+        assert document[f"{name}_before"] == pytest.approx(stated, abs=0.01)
 
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
+    """The embedded Wan before any training."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("wan")
     build().save_pretrained(path)
@@ -141,32 +149,26 @@ SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 4 --iterations 1 --ste
 
 
 def test_a_run_leaves_videos_and_pictures(wan, tmp_path, capsys):
+    """train_video.py from flags to files."""
     train_video.main([*SMALL.split(), "--model", str(wan), "--out", str(tmp_path / "a"), "--watch", "temporal"])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"motion_after", "colour_after", "temporal_after"} <= set(document)
-    for name in (
-        "before_after.png",
-        "before_after.mp4",
-        "before_after.gif",
-        "curves.png",
-        "tree.png",
-        "model/model_index.json",
-    ):
+    before_after = [f"before_after.{kind}" for kind in ("png", "mp4", "gif")]
+    for name in (*before_after, "curves.png", "tree.png", "model/model_index.json"):
         assert (tmp_path / "a" / name).stat().st_size > 500, name
     with Image.open(tmp_path / "a/before_after.gif") as gif:
         assert gif.n_frames == 5
 
 
 def test_played_videos_show_before_beside_after(tmp_path):
+    """Black videos before, grey ones after: six pairs side by side, enlarged three times; a seventh adds no row."""
     before, after = torch.zeros(7, 3, 3, 32, 32), torch.ones(7, 3, 3, 32, 32) * 0.5
     report.play(before, after, ["a prompt"] * 7, tmp_path / "x")
     with Image.open(tmp_path / "x.gif") as gif:
         frame = np.asarray(gif.convert("RGB")).astype(int)
     middle = frame[16 + 3 + 48]
     assert abs(middle[20] - 0).max() < 30 and abs(middle[150] - 128).max() < 30
-    assert (
-        frame.shape[1] == 6 * (2 * 32 + 4) * 3
-    )  # six pairs, enlarged three times; the seventh makes no row of its own
+    assert frame.shape[1] == 6 * (2 * 32 + 4) * 3
 
 
 BAD = [
@@ -185,6 +187,7 @@ def test_bad_input_is_one_sentence_and_exit_2(wan, capsys, tmp_path, flags, word
 
 
 def test_the_image_script_refuses_video(wan, capsys, tmp_path):
+    """A video checkpoint, and a reward that needs two frames."""
     for flags, words in ((["--model", str(wan)], "is a WanPipeline"), (["--reward", "temporal"], "two frames")):
         with pytest.raises(SystemExit) as stop:
             train_image.main([*flags, "--out", str(tmp_path / "a")])
@@ -193,7 +196,10 @@ def test_the_image_script_refuses_video(wan, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_wan_1_3b_at_full_width_and_depth(tmp_path):
-    """Wan2.1-T2V-1.3B's transformer, random weights: a tree and a LoRA update on the CPU. Text encoder and VAE are stand-ins."""
+    """Wan2.1-T2V-1.3B's transformer with random weights: a tree and a LoRA update on the CPU.
+
+    Text encoder and VAE are stand-ins.
+    """
     official = WanTransformer3DModel(**WAN_1_3B)
     assert sum(p.numel() for p in official.parameters()) == 1_418_996_800
     text = UMT5Config(vocab_size=384, d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=2, dropout_rate=0.0)

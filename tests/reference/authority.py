@@ -1,13 +1,17 @@
-"""What the authorities say: the packages' own scores of the seeded weights, in the environment of requirements-reference.txt.
+"""The authorities: the official packages' own scores of the seeded weights, as compare.py needs them.
 
-    python tests/reference/authority.py FOLDER           # writes the weights there, and scores.json
-    python tests/reference/authority.py FOLDER --videoalign CLONE   # VideoAlign too, from a clone of KwaiVGI/VideoAlign
-    python tests/reference/authority.py FOLDER --full    # hpsv2 and imagereward at full size, 3 pictures: 8 GB of disk
-    python tests/reference/authority.py --manifest --videoalign CLONE   # rewrites manifest.json from the packages' full-size models
+It runs in the environment of requirements-reference.txt, and writes scores.json into FOLDER, beside the weights.
 
-hpsv2 and ImageReward run their own `score`. PickScore, CLIP and the aesthetic predictor run on open_clip's towers, whose
-weights are renamed here, from transformers' names, by a table of this file; PickScore with its authors' pre-processing, that of
-transformers' CLIPProcessor.
+    python tests/reference/authority.py FOLDER                          # the five rewards of pictures
+    python tests/reference/authority.py FOLDER --videoalign CLONE       # videoalign too; a clone of KwaiVGI/VideoAlign
+    python tests/reference/authority.py FOLDER --full                   # hpsv2 and imagereward at full size: 8 GB
+    python tests/reference/authority.py --manifest --videoalign CLONE   # writes manifest.json anew
+
+- hpsv2 and imagereward run their packages' `score`.
+- pickscore, clip and aesthetic run on open_clip's towers. Their weights are renamed here, from transformers' names, by
+  code of this file that shares nothing with preference.py. pickscore is prepared as its authors do it, by transformers'
+  CLIPProcessor; aesthetic has the head of the package image-reward.
+- videoalign runs its authors' inference code.
 """
 
 import argparse
@@ -20,30 +24,36 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU the packages compute in half precision
+# On a GPU the packages would compute in half precision. It must be hidden before torch is imported.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
 warnings.filterwarnings("ignore")
 HERE = Path(__file__).parent
 MED = {  # med_config.json of ImageReward
-    "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
-    "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12, "num_hidden_layers": 12,
-    "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30524, "encoder_width": 768, "add_cross_attention": True,
+    "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
+    "num_hidden_layers": 12, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30524, "encoder_width": 768,
+    "add_cross_attention": True,
 }  # fmt: skip
 VIT_H = {"layers": 32, "width": 1280, "head_width": 80, "patch_size": 14, "image_size": 224}
 VIT_H_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24}
 
 
 def hps_model(vision: dict, text: dict, dim: int):
-    """The package's CLIP."""
+    """CLIP as the package hpsv2 has it, of these sizes."""
     from hpsv2.src.open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     return CLIP(dim, CLIPVisionCfg(**vision), CLIPTextCfg(**text), output_dict=True).eval()
 
 
 def image_reward_model(med: dict, vision: dict | None, folder: Path):
-    """The package's ImageReward; `vision` makes its picture tower smaller, which the package has no option for."""
+    """ImageReward as its package has it.
+
+    `vision` makes the picture tower smaller. The package has no option for that, so its function is replaced. None: as
+    it is.
+    """
     import ImageReward.models.BLIP.blip_pretrain as blip
     from ImageReward.ImageReward import ImageReward
     from ImageReward.models.BLIP.vit import VisionTransformer
@@ -55,7 +65,7 @@ def image_reward_model(med: dict, vision: dict | None, folder: Path):
 
 
 def video_align_model(clone: Path):
-    """VideoAlign's Qwen2-VL-2B with three more tokens and LoRA of rank 64."""
+    """VideoAlign's Qwen2-VL-2B at full size, with three more tokens and a LoRA of rank 64."""
     sys.path.insert(0, str(clone))
     from peft import LoraConfig, get_peft_model
     from train_reward import find_target_linear_names
@@ -72,14 +82,19 @@ def video_align_model(clone: Path):
 
 
 def write_manifest(clone: Path) -> None:
-    """Keys and shapes of the full-size models, built without memory; `{32}` in a key stands for 0 .. 31."""
+    """Writes manifest.json: keys and shapes of the packages' full-size models, made on the meta device, without memory.
+
+    `{32}` in a key stands for the layers 0 .. 31, as in "visual.transformer.resblocks.{32}.ln_1.weight".
+    """
     from ImageReward.models.AestheticScore import MLP
     from transformers import CLIPConfig, CLIPModel
     from weights import bert_tokenizer
 
+    # ImageReward asks for "bert-base-uncased", which transformers also finds as a folder of the working directory.
     folder = Path(tempfile.mkdtemp())
     bert_tokenizer(folder)
     os.chdir(folder / "google-bert")
+
     shared = {"hidden_act": "gelu", "projection_dim": 1024}
     h = CLIPConfig(
         vision_config={"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "patch_size": 14}
@@ -93,6 +108,8 @@ def write_manifest(clone: Path) -> None:
         text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768},
         projection_dim=768,
     )
+
+    # ImageReward is small enough to be made in memory, below.
     with torch.device("meta"):
         models = {
             "hpsv2": hps_model(VIT_H, VIT_H_TEXT, 1024),
@@ -102,30 +119,40 @@ def write_manifest(clone: Path) -> None:
         }
         models["videoalign"] = video_align_model(clone)
     models["imagereward"] = image_reward_model(MED, None, folder)
+
     manifest = {}
     for name, model in models.items():
         state = {k: list(v.shape) for k, v in model.state_dict().items()}
         if name == "clip":  # the stored file also holds two buffers of its day
             state |= {f"{tower}_model.embeddings.position_ids": [1, n] for tower, n in (("text", 77), ("vision", 257))}
+
+        # How many layers each key of a tower has. The layers of a head differ in shape, so their keys stay as they are.
         manifest[name] = {}
-        last = {}
+        layers = {}
         for key in state:
             if layer := re.search(r"\.(?:resblocks|layers|blocks|layer)\.(\d+)\.", key):
                 if key.startswith(("mlp.", "layers.")):
                     continue
                 stem = key.replace(f".{layer[1]}.", ".{}.", 1)
-                last[stem] = max(last.get(stem, 0), int(layer[1]) + 1)
+                layers[stem] = max(layers.get(stem, 0), int(layer[1]) + 1)
+
+        # One entry for all layers: the stem, with their number in the braces.
         for key, shape in state.items():
             stem = re.sub(r"(\.(?:resblocks|layers|blocks|layer)\.)(\d+)\.", r"\1{}.", key, count=1)
-            stem = stem.replace("{}", "{" + str(last[stem]) + "}") if stem in last else key
+            stem = stem.replace("{}", "{" + str(layers[stem]) + "}") if stem in layers else key
             manifest[name][stem] = shape
+
+    # A shape is printed in one line.
     (HERE / "manifest.json").write_text(
         json.dumps(manifest, indent=1).replace("\n   ", "").replace(",  ", ", ").replace("\n  ]", "]")
     )
 
 
 def open_clip_model(state: dict, config: dict):
-    """open_clip's CLIP with weights that stand in transformers' names; the inverse of what rewards.py does, written apart."""
+    """open_clip's CLIP, filled with weights that have transformers' names.
+
+    This is the inverse of preference.from_open_clip, written apart from it, so that an error in one is seen.
+    """
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     v, t = config["vision_config"], config["text_config"]
@@ -137,11 +164,15 @@ def open_clip_model(state: dict, config: dict):
         77, t["vocab_size"], width=t["hidden_size"], heads=t["num_attention_heads"], layers=t["num_hidden_layers"]
     )
     model = CLIP(config["projection_dim"], vision, text, quick_gelu=t["hidden_act"] == "quick_gelu").eval()
+
+    # The two projections are transposed.
     new = {
         "visual.proj": state["visual_projection.weight"].T,
         "text_projection": state["text_projection.weight"].T,
         "logit_scale": state["logit_scale"],
     }
+
+    # What stands before and behind the layers differs in the two towers. A layer's queries, keys, values are stacked.
     for tower, prefix in (("vision_model", "visual."), ("text_model", "")):
         e = f"{tower}.embeddings."
         new[f"{prefix}positional_embedding"] = state[f"{e}position_embedding.weight"]
@@ -158,8 +189,8 @@ def open_clip_model(state: dict, config: dict):
                 new[f"ln_final.{kind}"] = state[f"text_model.final_layer_norm.{kind}"]
             for i in range(v["num_hidden_layers"]):
                 a, b = f"{tower}.encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
-                parts = [state[f"{a}self_attn.{n}_proj.{kind}"] for n in ("q", "k", "v")]
-                new[f"{b}attn.in_proj_{kind}"] = torch.cat(parts)
+                stacked = [state[f"{a}self_attn.{n}_proj.{kind}"] for n in ("q", "k", "v")]
+                new[f"{b}attn.in_proj_{kind}"] = torch.cat(stacked)
                 new[f"{b}attn.out_proj.{kind}"] = state[f"{a}self_attn.out_proj.{kind}"]
                 new[f"{b}ln_1.{kind}"], new[f"{b}ln_2.{kind}"] = (state[f"{a}layer_norm{j}.{kind}"] for j in (1, 2))
                 new[f"{b}mlp.c_fc.{kind}"], new[f"{b}mlp.c_proj.{kind}"] = (
@@ -170,7 +201,11 @@ def open_clip_model(state: dict, config: dict):
 
 
 def hps_scores(path: Path, model, pictures, prompts, bpe: Path | None) -> list[float]:
-    """The package's `score`, its model and its tokenizer of our size."""
+    """What hpsv2's own `score` says.
+
+    The package keeps its model in a global, where ours of reduced size is put. bpe: a vocabulary of reduced size for
+    its tokenizer; None: its own.
+    """
     import hpsv2.img_score as package
     from hpsv2.src.open_clip import tokenizer
     from hpsv2.src.open_clip.transform import image_transform
@@ -191,7 +226,10 @@ CHAT = (  # Qwen2-VL's chat template, of one question about one video
 
 
 def qwen_files(folder: Path, small: dict) -> None:
-    """What VideoAlign's base model needs besides its tokenizer; its weights are random, VideoReward's replace all of them."""
+    """The files of VideoAlign's base model besides its tokenizer.
+
+    Its weights are random: VideoReward's replace all of them.
+    """
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     from weights import QWEN, SPECIAL
 
@@ -218,12 +256,14 @@ def qwen_files(folder: Path, small: dict) -> None:
 def video_align_scores(folder: Path, small: dict, clone: Path, question: str | None) -> list[float]:
     """VideoAlign's own inference code on our files: VQ, MQ, TA of every video with every prompt, prompts outermost.
 
-    Its video reader is given our frames where it would open files; flash attention is left out; question None: its own.
+    Its video reader is given our frames where it would open files, and flash attention is left out. question: replaces
+    that of the clone, unless it is None.
     """
     import types
 
     import weights
 
+    # In place of the package decord, which opens video files: "file://2" is our video 2.
     class Reader(list):
         def __init__(self, path):
             super().__init__(weights.videos()[int(path.removeprefix("file://"))])
@@ -242,6 +282,7 @@ def video_align_scores(folder: Path, small: dict, clone: Path, question: str | N
     import inference
     import prompt_template
 
+    # The rest of the clone looks these up when it is called, so replacing them here is enough.
     if question:
         prompt_template.DETAILED_PROMPT_WITH_SPECIAL_TOKEN = question
     create = inference.create_model_and_processor
@@ -259,7 +300,10 @@ def video_align_scores(folder: Path, small: dict, clone: Path, question: str | N
 
 @torch.no_grad()
 def scores(folder: Path, clone: Path | None) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Each authority's scores of every picture with the prompt of its number, and its seconds a picture."""
+    """The packages' scores of every picture with every prompt, prompts outermost, and their seconds per picture.
+
+    clone: VideoAlign's; None leaves it out.
+    """
     import ImageReward as package
     import weights
     from ImageReward.models.AestheticScore import MLP
@@ -269,15 +313,16 @@ def scores(folder: Path, clone: Path | None) -> tuple[dict[str, list[float]], di
     from transformers import CLIPImageProcessor, CLIPTokenizerFast
 
     small = weights.write(folder)
-    both = [(x, p) for p in weights.PROMPTS for x in weights.pictures()]
-    pictures, prompts = [x for x, _ in both], [p for _, p in both]
+    pairs = [(x, p) for p in weights.PROMPTS for x in weights.pictures()]
+    pictures, prompts = [x for x, _ in pairs], [p for _, p in pairs]
     out, seconds = {}, {}
 
     def timed(name, work):
         began = time.perf_counter()
         out[name] = work()
-        seconds[name] = (time.perf_counter() - began) / len(both)
+        seconds[name] = (time.perf_counter() - began) / len(pairs)
 
+    # hpsv2
     v, t = small["hpsv2"]["vision_config"], small["hpsv2"]["text_config"]
     vision = VIT_H | {"layers": 2, "width": v["hidden_size"]}
     text = VIT_H_TEXT | {"layers": 2, "width": t["hidden_size"], "heads": 2, "vocab_size": t["vocab_size"]}
@@ -285,12 +330,14 @@ def scores(folder: Path, clone: Path | None) -> tuple[dict[str, list[float]], di
     path = folder / weights.FILES["hpsv2"]
     timed("hpsv2", lambda: hps_scores(path, hps, pictures, prompts, folder / "bpe.txt.gz"))
 
-    os.chdir(folder / "google-bert")  # the package asks the hub for bert-base-uncased
+    # imagereward, whose package asks the hub for bert-base-uncased: a folder of that name is taken in its place.
+    os.chdir(folder / "google-bert")
     med = MED | {"num_hidden_layers": 2, "intermediate_size": 384, "vocab_size": small["blip_text"]["vocab_size"]}
     image_reward_model(med, {"embed_dim": 128, "depth": 2, "num_heads": 2}, folder)
     model = package.load(str(folder / weights.FILES["imagereward"]), med_config=str(folder / "med_config.json"))
-    timed("imagereward", lambda: [model.score(p, x) for x, p in both])
+    timed("imagereward", lambda: [model.score(p, x) for x, p in pairs])
 
+    # pickscore and clip: two ways to prepare, one kind of model
     bpe = SimpleTokenizer(str(folder / "bpe.txt.gz"))
     preprocess = image_transform(224, is_train=False)
     files = (str(folder / weights.TOKENS[1] / f) for f in ("vocab.json", "merges.txt"))
@@ -306,14 +353,17 @@ def scores(folder: Path, clone: Path | None) -> tuple[dict[str, list[float]], di
 
         def cosines(model=model, inputs=inputs):
             features = (
-                (model.encode_image(x, True), model.encode_text(p, True)) for x, p in (inputs(*b) for b in both)
+                (model.encode_image(x, True), model.encode_text(p, True)) for x, p in (inputs(*pair) for pair in pairs)
             )
             return [float(model.logit_scale.exp() * (image * text).sum()) for image, text in features]
 
         timed(name, cosines)
+
+    # aesthetic, on the last of these models, clip
     head = MLP(64).eval()
     head.load_state_dict(torch.load(folder / weights.FILES["aesthetic"]))
     timed("aesthetic", lambda: [float(head(model.encode_image(preprocess(x)[None], True))) for x in pictures])
+
     if clone:
         began = time.perf_counter()
         out["videoalign"] = video_align_scores(folder, small, clone, weights.QUESTION)
@@ -323,19 +373,24 @@ def scores(folder: Path, clone: Path | None) -> tuple[dict[str, list[float]], di
 
 @torch.no_grad()
 def full_scores(folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """hpsv2's and ImageReward's scores at full size, and their seconds a picture, loading included for hpsv2 (it reloads)."""
+    """hpsv2's and ImageReward's scores of three pictures at full size, and their seconds per picture.
+
+    hpsv2 loads its model anew for every picture, so its seconds include that.
+    """
     import hpsv2.src.open_clip as open_clip
     import ImageReward as package
     import weights
 
     bpe = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     pictures, prompts = weights.pictures()[:3], weights.PROMPTS[:3]
+
     weights.write_full(folder, "hpsv2", bpe)
     began = time.perf_counter()
     model = hps_model(VIT_H, VIT_H_TEXT, 1024)
     out = {"hpsv2": hps_scores(folder / weights.FILES["hpsv2"], model, pictures, prompts, None)}
     seconds = {"hpsv2": (time.perf_counter() - began) / 3}
-    del model
+    del model  # 4 GB
+
     weights.write_full(folder, "imagereward", bpe, 1)
     os.chdir(folder / "google-bert")
     (folder / "med_config.json").write_text(json.dumps(MED))
@@ -353,15 +408,15 @@ def main() -> None:
     parser.add_argument("--videoalign", type=Path)
     parser.add_argument("--manifest", action="store_true")
     args = parser.parse_args()
+
     if args.manifest:
         write_manifest(args.videoalign.resolve())
     if args.folder:
         folder = args.folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        found, seconds = (
-            full_scores(folder) if args.full else scores(folder, args.videoalign and args.videoalign.resolve())
-        )
-        (folder / "scores.json").write_text(json.dumps({"scores": found, "seconds": seconds}, indent=1))
+        clone = args.videoalign and args.videoalign.resolve()
+        out, seconds = full_scores(folder) if args.full else scores(folder, clone)
+        (folder / "scores.json").write_text(json.dumps({"scores": out, "seconds": seconds}, indent=1))
 
 
 if __name__ == "__main__":

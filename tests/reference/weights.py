@@ -1,7 +1,7 @@
 """Seeded random weights, tokenizers, pictures and prompts in the official file layouts, at reduced size.
 
-Both environments run this file, so that the packages and we read the same files. Key names and shapes are those of the
-official checkpoints (manifest.json, where `{32}` in a key stands for 0 .. 31); `reduced` keeps two layers and narrows them.
+Both environments run this file, so that the packages and we read the same files. Names and shapes of weights are those
+of the official checkpoints, as manifest.json lists them; `reduced` keeps two layers of each tower and narrows them.
 """
 
 import gzip
@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "manifest.json").read_text())
-LAYERS = 2
+LAYERS = 2  # of each tower
+
+# Official width -> reduced width.
 NARROW = {
     "hpsv2": {1280: 160, 5120: 640, 3840: 480, 1024: 128, 4096: 512, 3072: 384},
     "pickscore": {1280: 160, 5120: 640, 1024: 128, 4096: 512},
@@ -25,6 +27,8 @@ NARROW = {
     "aesthetic": {768: 64},
     "videoalign": {1536: 64, 8960: 128, 256: 32, 1280: 64, 3840: 192, 5120: 256, 64: 8},
 }
+
+# The file with the weights, under REPOSITORY/FILE.
 FILES = {
     "hpsv2": "xswu/HPSv2/HPS_v2.1_compressed.pt",
     "pickscore": "yuvalkirstain/PickScore_v1/model.safetensors",
@@ -35,19 +39,13 @@ FILES = {
 }
 TOKENS = ("openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1")  # folders with a CLIP vocabulary
 BERT, QWEN = "google-bert/bert-base-uncased", "Qwen/Qwen2-VL-2B-Instruct"
-SPECIAL = [
-    "endoftext",
-    "im_start",
-    "im_end",
-    "object_ref_start",
-    "object_ref_end",
-    "box_start",
-    "box_end",
-    "quad_start",
-]
-SPECIAL = [
-    f"<|{t}|>" for t in SPECIAL + ["quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
-]
+
+# Qwen2-VL's special tokens, in its order.
+SPECIAL = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end"]
+SPECIAL += ["quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
+SPECIAL = [f"<|{name}|>" for name in SPECIAL]
+
+# A question as VideoAlign's: each rating has a token of its own.
 QUESTION = """
 Rate this video. END means that a rating is given.
 
@@ -71,6 +69,9 @@ MODEL_CONFIG = {  # what VideoReward's model_config.json says, at reduced size a
     | {"TA_mean": 2.8105, "TA_std": 2.5121},
 }
 VIDEOS = [(9, 32, 32), (5, 40, 56), (17, 64, 48), (81, 30, 44), (33, 480, 832)]  # frames, height, width
+
+# Short, long and empty; spaces; entities escaped twice; Chinese; Russian and a broken encoding; punctuation; longer
+# than CLIP and BLIP read; apostrophes; Greek capitals, whose lower case depends on their place, and a spelt-out token.
 PROMPTS = [
     "a red cat",
     "A photograph of an astronaut riding a horse, 4k, highly detailed",
@@ -88,7 +89,7 @@ SIZES = [(224, 224), (64, 32), (333, 250), (250, 333), (512, 512), (97, 301), (2
 
 
 def official(name: str) -> dict[str, list[int]]:
-    """All keys and shapes of an official checkpoint."""
+    """All keys and shapes of an official checkpoint: `{32}` in a key of the manifest stands for 0 .. 31."""
     out = {}
     for key, shape in MANIFEST[name].items():
         layers = re.search(r"\{(\d+)\}", key)
@@ -98,13 +99,16 @@ def official(name: str) -> dict[str, list[int]]:
 
 
 def reduced(name: str, vocabulary: int) -> dict[str, list[int]]:
-    """The same with two layers a tower, narrower, and a small vocabulary. ImageReward's head and text width stay."""
+    """The same with two layers per tower, narrower, and a small vocabulary. ImageReward's head and text width stay."""
     narrow = NARROW[name] | {49408: vocabulary, 30524: vocabulary, 151660: vocabulary}
     out = {}
     for key, shape in official(name).items():
+        # Layers from the third on are left out. The numbers in a head's keys are no layers of a tower.
         layer = re.search(r"\.(?:resblocks|layers|blocks|layer)\.(\d+)\.", key)
         if layer and not key.startswith(("mlp.", "layers.")) and int(layer[1]) >= LAYERS:
             continue
+
+        # Both packages have their head's widths in their code. That of aesthetic begins with CLIP's narrowed features.
         fixed = (
             key.startswith("mlp.") or key.startswith("layers.") and name == "aesthetic" and not key.endswith("0.weight")
         )
@@ -121,25 +125,34 @@ def values(shapes: dict[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
         elif key == "logit_scale":
             out[key] = torch.tensor(np.log(100), dtype=torch.float32)
         else:
+            # Norms are about 1 and biases about 0. Matrices are divided by the root of their number of inputs, so that
+            # outputs are as large as inputs. Embeddings stay as they are.
             x = rng.standard_normal(shape, dtype=np.float32)
             if len(shape) == 1:
                 x = 0.2 * x + (key.endswith("weight") or key.endswith("logit_scale"))
             elif "embed" not in key:
                 x = x / np.float32(np.sqrt(np.prod(shape[1:])))
             out[key] = torch.from_numpy(x.astype(np.float32))
-    if "base_model.model.lm_head.weight" in out:  # tied
+
+    # Qwen2-VL's output weights are its embedding.
+    if "base_model.model.lm_head.weight" in out:
         out["base_model.model.lm_head.weight"] = out["base_model.model.model.embed_tokens.weight"]
     return out
 
 
 def byte_letters() -> list[str]:
-    """The printable stand-ins of the 256 bytes, in CLIP's order."""
+    """The printable stand-ins of the 256 bytes, in CLIP's order: printable bytes come first, as themselves."""
     keep = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(b) for b in keep] + [chr(256 + i) for i in range(256 - len(keep))]
 
 
 def clip_tokenizer(folder: Path) -> int:
-    """A small byte-level vocabulary in CLIP's layout, for transformers and (bpe.txt.gz) for open_clip; returns its size."""
+    """A small byte-level vocabulary in CLIP's layout, for transformers and, as bpe.txt.gz, for open_clip.
+
+    Returns:
+        its size.
+    """
+    # Each word is merged from the left: "cat" adds c + a, then ca + t at the end of a word.
     merges, have = [], {w for c in byte_letters() for w in (c, c + "</w>")}
     for word in ("cat", "red", "photograph", "astronaut", "riding", "horse", "highly", "very", "long", "golden", "owl"):
         pieces = [*word[:-1], word[-1] + "</w>"]
@@ -156,6 +169,7 @@ def clip_tokenizer(folder: Path) -> int:
 
 def write_clip_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> int:
     """vocab.json and merges.txt as the hub has them; returns the vocabulary's size."""
+    # A token for each byte, for each byte that ends a word, for each merge, and two special ones.
     letters = byte_letters()
     tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
@@ -167,7 +181,11 @@ def write_clip_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> int:
 
 
 def bert_tokenizer(folder: Path, size: int = 0) -> int:
-    """A small WordPiece vocabulary in BERT's layout, filled up to `size`; its size with the two tokens that ImageReward adds."""
+    """A small WordPiece vocabulary in BERT's layout, filled up to `size`.
+
+    Returns:
+        its size, with the two tokens that ImageReward adds.
+    """
     letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()] + list("\u4e00\u53ea\u7ea2\u8272\u7684\u732b")
     letters += [chr(c) for c in range(0x430, 0x450)]
     words = ["cat", "photograph", "astronaut", "horse", "highly", "detail", "very", "long", "golden", "owl"]
@@ -179,12 +197,17 @@ def bert_tokenizer(folder: Path, size: int = 0) -> int:
 
 
 def qwen_tokenizer(folder: Path) -> int:
-    """A small byte-level vocabulary in Qwen2-VL's layout; its size with the three tokens that VideoAlign adds."""
+    """A small byte-level vocabulary in Qwen2-VL's layout.
+
+    Returns:
+        its size, with the three tokens that VideoAlign adds.
+    """
     letters = byte_letters()
     merges = [("r", "e"), ("re", "d"), ("c", "a"), ("ca", "t"), ("\u0120", "a"), ("i", "n")]
     vocabulary = {t: i for i, t in enumerate([*letters, *("".join(m) for m in merges)])}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    words += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
@@ -199,7 +222,7 @@ def qwen_tokenizer(folder: Path) -> int:
 
 
 def configs(clip_vocabulary: int, bert_vocabulary: int, qwen_vocabulary: int) -> dict[str, dict]:
-    """What transformers needs to know of the reduced models."""
+    """What transformers needs to know of the reduced models; each argument is a number of tokens."""
 
     def clip(width, heads, text, text_heads, patch, act, dim):
         shared = {"num_hidden_layers": LAYERS, "hidden_act": act, "projection_dim": dim}
@@ -236,7 +259,11 @@ def configs(clip_vocabulary: int, bert_vocabulary: int, qwen_vocabulary: int) ->
 
 
 def write(folder: Path, seed: int = 0) -> dict[str, dict]:
-    """Every file that the six rewards read, under REPOSITORY/FILE, at reduced size; returns the reduced configs."""
+    """Every file that the six rewards read, under REPOSITORY/FILE, at reduced size.
+
+    Returns:
+        the reduced configs.
+    """
     clip, bert, qwen = clip_tokenizer(folder), bert_tokenizer(folder), qwen_tokenizer(folder)
     small = configs(clip, bert, qwen)
     sizes = {"imagereward": bert, "videoalign": qwen}
@@ -259,19 +286,21 @@ def save(folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
         save_file(state, path)
     else:
         half = {k: v.half() for k, v in state.items()}
-        torch.save({"state_dict": half} if name == "hpsv2" else state, path)  # the official file holds halves
+        torch.save({"state_dict": half} if name == "hpsv2" else state, path)  # the official file is of float16
 
 
 def write_full(folder: Path, name: str, bpe: Path, seed: int = 0) -> None:
-    """The same of one reward at full size, with CLIP's own vocabulary (bpe: open_clip's copy of it)."""
+    """The files of one reward at full size, with CLIP's own vocabulary; bpe: open_clip's copy of it."""
     save(folder, name, values(official(name), seed))
     bert_tokenizer(folder, 30522)
+
+    # The first line is a version; CLIP reads the 49,152 - 256 - 2 = 48,894 merges behind it, and leaves the rest.
     with gzip.open(bpe, "rt") as f:
         write_clip_tokenizer(folder, [tuple(line.split()) for line in f.read().split("\n")[1 : 49152 - 256 - 2 + 1]])
 
 
 def pictures(seed: int = 0) -> list[Image.Image]:
-    """RGB pictures of several shapes: smooth random colour fields with noise."""
+    """RGB pictures of the shapes SIZES: smooth random colour fields with noise."""
     rng, out = np.random.default_rng(seed), []
     for width, height in SIZES:
         coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(
@@ -283,7 +312,7 @@ def pictures(seed: int = 0) -> list[Image.Image]:
 
 
 def videos(seed: int = 0) -> list[np.ndarray]:
-    """(F, H, W, 3) uint8 videos of several shapes: a smooth random field that drifts, with noise."""
+    """(F, H, W, 3) uint8 videos of the shapes VIDEOS: a smooth random field that drifts, with noise."""
     rng, out = np.random.default_rng(seed), []
     for frames, height, width in VIDEOS:
         coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
