@@ -3,8 +3,10 @@
     make mutants            # all;   python tests/mutants.py 3 17    only these
 
 First the tests must be green on an unchanged copy.
-Each mutant is a file, a text that stands in it exactly once, and a wrong text. The tests run on a copy of the project, in a
-forked process, so that libraries are imported once. The last line counts; the exit code is 1 if a fault went unnoticed.
+
+Each mutant is a file, a text that stands in it exactly once, and a wrong text. The tests run on a copy of the project,
+in a forked process, so that libraries are imported once. The last line counts; the exit code is 1 if a fault went
+unnoticed.
 """
 
 import os

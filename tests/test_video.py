@@ -46,7 +46,7 @@ def clip(row, seed=0):
 @settings(deadline=None, max_examples=40)
 @given(ROWS, st.integers(0, 1000))
 def test_motion_is_one_when_right_and_zero_when_opposite(row, seed):
-    """Every drawn motion scores high under its own prompt and near 0 under the others, forwards and played backwards."""
+    """Every drawn motion scores high under its own prompt, near 0 under the others, and so does it played backwards."""
     x = clip(row, seed)
     assert R.motion(x, [prompt(*row)]).item() > 0.8
     for other in MOTIONS:
