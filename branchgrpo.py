@@ -1,10 +1,9 @@
 """BranchGRPO, the algorithm: roll out a forest, credit its edges, update the policy on those that are kept.
 
 Idea (arXiv:2509.06040v5): independent rollouts repeat the same early steps and share one sparse reward. A tree shares
-the
-prefixes, so it costs fewer model calls, and its leaf rewards, fused upwards, give every depth an advantage of its own.
+the prefixes, so it costs fewer model calls, and its leaf rewards, fused upwards, give every depth its own advantage.
 
-1. rollout         one transformer call per depth, for all prompts and nodes at once                 Eq. 1 and 2
+1. rollout         depth by depth, all nodes of all prompts in one batch                              Eq. 1 and 2
 2. credit          fuse leaf rewards upwards, normalise over each depth of a prompt                   Eq. 3 and 4
 3. prune           choose the edges to train; rollouts and rewards are untouched
 4. flatten_edges   the kept edges as flat arrays, one row for every parent that still has one
@@ -14,7 +13,7 @@ prefixes, so it costs fewer model calls, and its leaf rewards, fused upwards, gi
 Direction of time: step i walks from sigma_i (depth i) to sigma_{i+1} (depth i + 1); depth 0 is noise.
 
 Departures from the paper and its code, and why:
-- The last step is an ODE step and is not trained: its noise would not reach the reward.
+- The last step is an ODE step and is not trained (sde.py says why).
 - Log-probs are means over dimensions (sde.py says why).
 - Optimiser steps are explicit (`--updates`): the published code takes about 37 per iteration, so that its curves per
   iteration compare different numbers of steps.
@@ -84,7 +83,7 @@ class Rollout:
     def path_logp(self, forest: Forest) -> Tensor:
         """(P, leaves) float64: log-probs summed along each leaf's path."""
         # Edge i of a leaf's path is the one that leads to the leaf's ancestor at depth i + 1.
-        # Two leaves below one node of depth 1: both take log-prob 0 of that step, then each its own.
+        # Two leaves below node 0 of depth 1 both take entry [:, 0] of step 0, then each its own entries.
         steps = range(forest.steps)
         return sum(self.logp_mean[i].double()[:, forest.ancestors(i + 1, forest.steps)] for i in steps)
 
@@ -96,8 +95,8 @@ def generators(seed: int, iteration: int, slots: range) -> list[torch.Generator]
     Noise then depends neither on the device, nor on micro-batches, nor on how many processes share the prompts, and a
     resumed run needs no saved random state.
     """
-    seeds = [int(np.random.SeedSequence([seed, iteration, slot]).generate_state(1)[0]) for slot in slots]
-    return [torch.Generator().manual_seed(s) for s in seeds]
+    keys = [int(np.random.SeedSequence([seed, iteration, slot]).generate_state(1)[0]) for slot in slots]
+    return [torch.Generator().manual_seed(key) for key in keys]
 
 
 def repeat_cond(cond: Cond, times: int) -> Cond:
@@ -124,12 +123,12 @@ def velocity(policy, x: Tensor, step: Tensor, sampler: Sampler, cond: Cond, micr
 def rollout(
     policy, cond: Cond, forest: Forest, sampler: Sampler, rng, micro_batch: int = 0, keep_x0hat=False, store=None
 ) -> Rollout:
-    """Sample a forest for every prompt, one transformer call per depth for all prompts and nodes (Eq. 1 and 2).
+    """Sample a forest for every prompt, depth by depth, all nodes of all prompts in one batch (Eq. 1 and 2).
 
     Args:
-        policy: see policy.py.
+        policy: has latent_shape and velocity(x, sigma, cond) -> v like x; see policy.py.
         cond: conditioning of P prompts.
-        forest: its shape; its steps are sampler.sigmas' T.
+        forest: its shape, with as many steps as sampler.sigmas has intervals.
         rng: P generators, one per prompt, from `generators`.
         micro_batch: the most nodes in one transformer call; 0 is no limit.
         keep_x0hat: keep the clean estimate of every node, for drawing.
@@ -150,15 +149,15 @@ def rollout(
         v = velocity(policy, nodes, step, sampler, repeat_cond(cond, x.shape[1]), micro_batch)
         mean, std = sampler.moments(step, nodes, v, forest.stochastic(i))
 
-        # Eq. 1 with the noise of Eq. 2: K children per node, equal in mean and std. Node j's become rows jK .. jK + K -
-        # 1, the order in which `branch_noise` lists them. The log-prob is that of the latent which is stored.
+        # Eq. 1 with the noise of Eq. 2: K children per node, equal in mean and std. Those of row r become rows rK ..
+        # rK + K - 1, as `branch_noise` lists them. The log-prob is that of the latent which is stored.
         if forest.stochastic(i):
             k = forest.children[i]
             mean, std = mean.repeat_interleave(k, 0), std.repeat_interleave(k, 0)  # (P n_{i+1}, *latent)
             noise = torch.cat([branch_noise(x.shape[1], k, shape, sampler.s, g) for g in rng]).to(device)
             children = mean + std * noise
             logp = gaussian_logp_mean(children, mean, std, sampler.density)  # (P n_{i+1},)
-        else:
+        else:  # no split is deterministic (Forest checks it), so every node has one child
             children, logp = mean, torch.zeros(len(mean), device=device)
 
         if keep_x0hat:
@@ -177,8 +176,7 @@ def rollout(
 
 
 def tail(policy, cond: Cond, x: Tensor, forest: Forest, sampler: Sampler, micro_batch: int = 0):
-    """The ODE after the last stochastic step: Euler's, or with `flash` second-order steps between its first and its
-    last.
+    """The ODE after the last stochastic step, a generator: Euler steps, or with `flash` second-order ones in between.
 
     Args:
         x: (P, leaves, *latent) at depth last_stochastic + 1, where all branching is over.
@@ -199,7 +197,7 @@ def tail(policy, cond: Cond, x: Tensor, forest: Forest, sampler: Sampler, micro_
         mean, _ = sampler.moments(step, nodes, v, stochastic=False)
 
         # The first step stays Euler's: the estimate before it belongs to the parent, before noise was added, and is not
-        # on this trajectory. The last one too: at sigma_T = 0 the log-SNR, in which the solver steps, is infinite.
+        # on this trajectory. The last one too: at sigma_T = 0 lambda, in which the solver steps, is infinite.
         first, last = x0hat_before is None, i == forest.steps - 1
         if sampler.flash and not first and not last:
             mean = second_order(nodes, x0hat, x0hat_before, sampler.sigmas[i - 1 : i + 2].tolist())
@@ -246,7 +244,9 @@ def credit(
 def prune(
     forest: Forest, rewards: Tensor, width: str | int | None, depth: tuple[int, int] | None, trained_steps=None
 ) -> list[Tensor]:
-    """The edges to train, before the rule that deterministic ones are not: T bool masks (P, n_{i+1}).
+    """The edges to train: T bool masks (P, n_{i+1}).
+
+    Deterministic edges may be among them, since the paper's NFE counts them; `flatten_edges` leaves them out.
 
     Args:
         rewards: (P, leaves), which rank the leaves.
@@ -301,8 +301,8 @@ def flatten_edges(
         keep, credits: T tensors (P, n_{i+1}), masks from `prune` and advantages from `credit`.
         prompts: (p,) indices of the prompts of this update.
         loss_weight: "edge" counts every edge once (Eq. 5); "path" weighs an edge by the fraction of the prompt's leaves
-            below it, 1/n_{i+1}, as a flat rollout does, so that every depth weighs the same.
-        step_weight: (T,) factor of each step's loss, for TempFlow-GRPO; ones by default. It is no part of the divisor.
+            below it, 1/n_{i+1}, as a flat rollout does, so that without width pruning every depth weighs the same.
+        step_weight: (T,) factor of each step's loss, for TempFlow-GRPO; ones by default. It does not enter the divisor.
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in Edges.__dataclass_fields__}
     parents_so_far = 0
@@ -325,15 +325,15 @@ def flatten_edges(
         columns["step"].append(torch.full((int(trained.sum()),), i))
         columns["prompt"].append(prompts[trained.nonzero()[:, 0]])
 
-        # Edges: the child x_{i+1} that was drawn, its log-prob then, its advantage. The factor of
-        # TempFlow-GRPO is above 0, so multiplying the advantage by it multiplies the clipped loss by it.
+        # Edges: the child x_{i+1} that was drawn, its log-prob then, its advantage. TempFlow-GRPO's factor is above 0
+        # (but for the last step, which is never here), so it may as well multiply the advantage as the loss.
         factor = step_weight[i] if step_weight else 1.0
         columns["child"].append(out.latents[i + 1][prompts][edge])  # (E_i, *latent)
         columns["parent"].append(parent)
         columns["advantage"].append(credits[i][prompts][mask.flatten(1)].float() * factor)
         columns["logp_old"].append(out.logp_mean[i][prompts][edge])
 
-        # Eq. 5 counts edges, so step 0, with 2 of 202 trained ones, hardly weighs. By leaves below, all steps weigh 1.
+        # Eq. 5 counts edges: of the 202 of the paper's tree (T = 20) step 0 has 2. By leaves below, each step weighs 1.
         weight = 1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0
         columns["weight"].append(torch.full((int(mask.sum()),), weight))
     return Edges(**{name: torch.cat(tensors).to(out.latents[0].device) for name, tensors in columns.items()})
@@ -386,8 +386,9 @@ def surrogate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The body of Eq. 5 on one batch of edges, with gradient and without any machinery.
 
-    loss_e = -min(rho_e A_e, clip(rho_e, 1-e, 1+e) A_e), rho_e = p_new(x_{i+1} | x_i) / p_old(x_{i+1} | x_i), where both
-    log-probs are means over the D dimensions of a latent.
+    loss_e = -min(rho_e A_e, clip(rho_e, 1-e, 1+e) A_e), rho_e = exp(logp_new - logp_old). The log-probs are means over
+    D dimensions, so rho is the D-th root of the ratio of densities, and clip ranges are 1e-4 where PPO has 0.2. In the
+    first update on a rollout rho = 1, nothing is clipped, and the gradient is that of sum_e A_e logp_e.
 
     Args:
         policy: whose velocity is trained.
@@ -424,16 +425,14 @@ def surrogate(
 def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sampler, args) -> dict[str, float]:
     """One optimiser step on the kept edges of this process and of all others (Eq. 5).
 
-    loss = sum_e w_e loss_e / sum_e w_e + kl * mean over trained parents of mean_D (m - m_ref)^2 / (2 std^2), both
-    means over all micro-batches and processes.
+    loss = sum_e w_e loss_e / sum_e w_e + args.kl * mean over trained parents of their KL, with w_e from edges.weight;
+    both means run over all micro-batches and processes.
 
     Args:
         args: options clip, kl, micro_batch, max_grad_norm.
 
     Returns:
-        loss, ratio_dev = max |rho - 1|, clip_frac (of the ratios), grad_norm, and kl where it is computed; nothing
-        where
-        there is nothing to train.
+        loss, ratio_dev = max |rho - 1|, clip_frac, grad_norm, and kl where it is computed; {} if nothing is trained.
 
     Raises:
         NonFinite: on every process at once, before the optimiser steps.
@@ -441,14 +440,14 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     device = next(iter(cond.values())).device  # the edges may lie elsewhere
     n_parents, n_edges = len(edges.x), len(edges.child)
 
-    # The divisors of both means, over all processes. Every process asks, even one with nothing to
-    # train: a reduction waits for all, and one that stayed away would hang the others.
+    # The divisors of both means. Forests are regular, so all processes hold equally many parents, and either all train
+    # or none does. The reduction comes before the return, since it waits for every process.
     total = torch.tensor([float(edges.weight.sum()), float(n_parents)], device=device)
     total_weight, total_parents = accelerator.reduce(total, "sum")
     if not total_weight:  # on every process alike: a window may leave nothing to train
         return {}
 
-    sums = torch.zeros(3, device=device)  # loss, clipped edges, kl
+    sums = torch.zeros(3, device=device)  # loss, fraction of edges with |rho - 1| > e (of either sign), kl
     ratio_dev = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
     size = args.micro_batch or n_parents
@@ -456,7 +455,7 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
         rows = slice(start, min(start + size, n_parents))
         batch = micro_batch_of(edges, rows, device)
 
-        # Gradients of micro-batches add up. DDP averages over processes at the end of a backward: only of the last one.
+        # Gradients of micro-batches add up. DDP averages them over processes, which it need do in the last one only.
         last = rows.stop == n_parents
         with nullcontext() if last else accelerator.no_sync(policy.transformer):
             loss, ratio, kl = surrogate(policy, batch, cond, sampler, args.clip, with_kl=args.kl > 0)

@@ -1,11 +1,11 @@
 """The command line that images and video share: flags with unit and origin, and what they resolve to.
 
-What a flag leaves open is decided here, once, and printed with where it comes from. Two columns of DEFAULTS answer it:
-the values tuned for the embedded models of tiny/ (LAB.md has the runs), and for any other checkpoint those of the paper
-(arXiv:2509.06040) or of the method's authors: a value tuned on 4 million parameters says nothing about FLUX.1-dev.
-docs/defaults.md says why each value is what it is.
+What a flag leaves open is decided here, once, and printed with where it comes from. DEFAULTS_IMAGE and DEFAULTS_VIDEO
+have two values for each such flag: the one tuned for the embedded models of tiny/ (LAB.md has the runs), and for any
+other checkpoint that of the paper (arXiv:2509.06040) or of the method's authors: a value tuned on 4 million parameters
+says nothing about FLUX.1-dev. docs/defaults.md says why each value is what it is.
 
-1. parser      all flags; those of DEFAULTS are None until they are resolved
+1. parser      all flags; those with two values are None until they are resolved
 2. resolve     method, tree, steps, windows, rates: what was given stays, the rest is filled in
 3. describe    every value with its origin, the derived counts, and the command of the unpruned counterpart
 
@@ -52,7 +52,7 @@ class Default:
         return f"{self.embedded} for the embedded model, else {self.other} ({self.source})"
 
 
-PAPER_IMAGE = {  # by destination of the flag; the values that follow from others are in `resolve`
+DEFAULTS_IMAGE = {  # by destination of the flag; the values that follow from others are in `resolve`
     "height": Default(32, 720),
     "width": Default(64, 720),
     "guidance": Default(3.5, 3.5, "FLUX.1-dev's model card"),
@@ -72,14 +72,17 @@ PAPER_IMAGE = {  # by destination of the flag; the values that follow from other
     "dtype": Default("fp32", "bf16", "DanceGRPO"),
     "micro_batch": Default(64, 1, "the published code"),
 }
-PAPER_VIDEO = PAPER_IMAGE | {  # frames and resolution of the paper's video runs were not published: Wan2.1's, shortened
-    "height": Default(32, 480, "Wan2.1's model card"),
-    "width": Default(32, 832, "Wan2.1's model card"),
-    "frames": Default(9, 33, "a third of Wan2.1's 81, to fit"),
-    "guidance": Default(1.0, 5.0, "Wan2.1's model card"),
-    "reward": Default("motion:1,colour:1", "videoalign-mq"),
-    "iterations": Default(200, 300),
-}
+DEFAULTS_VIDEO = (
+    DEFAULTS_IMAGE
+    | {  # frames and resolution of the paper's video runs were not published: Wan2.1's, shortened
+        "height": Default(32, 480, "Wan2.1's model card"),
+        "width": Default(32, 832, "Wan2.1's model card"),
+        "frames": Default(9, 33, "a third of Wan2.1's 81, to fit"),
+        "guidance": Default(1.0, 5.0, "Wan2.1's model card"),
+        "reward": Default("motion:1,colour:1", "videoalign-mq"),
+        "iterations": Default(200, 300),
+    }
+)
 TUNED_LR = {"flux": 7e-5, "wan": 2e-4}
 TUNED_ETA = {"dance": (1.6, 0.7), "flow": (0.7, 0.7), "cps": (0.7, 0.7)}  # with few noisy steps, with all of them
 PUBLISHED_ETA = {"dance": 0.3, "flow": 0.7, "cps": 0.8}  # DanceGRPO and the paper, Flow-GRPO, Flow-CPS
@@ -190,7 +193,7 @@ def adder(group, defaults: dict[str, Default]):
 def parser(description: str, video: bool = False) -> Parser:
     """All flags of train_image.py, or with `video` of train_video.py."""
     p = Parser(description=description, formatter_class=Help, allow_abbrev=False)
-    defaults = PAPER_VIDEO if video else PAPER_IMAGE
+    defaults = DEFAULTS_VIDEO if video else DEFAULTS_IMAGE
 
     def group(title: str):
         return adder(p.add_argument_group(title), defaults)
@@ -360,7 +363,7 @@ def add_optimisation_flags(g) -> None:
     )
     g("--lr-end", type=number(float, 0, 1), help="fraction of --lr left at the end, falling linearly; 1 is constant")
     g("--weight-decay", type=NOT_NEGATIVE, help="AdamW")
-    g("--max-grad-norm", type=NOT_NEGATIVE, help="0 is no clipping (0.01 cures collapses)")
+    g("--max-grad-norm", type=NOT_NEGATIVE, help="0 is no clipping")
     g("--ema", type=BELOW_ONE, help="decay of the averaged weights, which are evaluated and saved; 0 is off")
 
 
@@ -375,7 +378,7 @@ def resolve(args) -> None:
     tuned = f"tuned on tiny/{kind_of(args)}"
 
     # What stands in the table.
-    for name, default in (PAPER_VIDEO if hasattr(args, "frames") else PAPER_IMAGE).items():
+    for name, default in (DEFAULTS_VIDEO if hasattr(args, "frames") else DEFAULTS_IMAGE).items():
         same = default.embedded == default.other
         fill(args, name, *((default.embedded, tuned) if embedded and not same else (default.other, default.source)))
 
@@ -392,7 +395,7 @@ def resolve_tree(args, embedded: bool, tuned: str) -> None:
     """Decide method, splits, leaves and windows from what was given; explicit --splits win and imply the leaves."""
     pruned = args.depth_prune is not None or args.width_prune is not None
 
-    # The method. Pruning drops steps after the splits, of which the tuned Mix trains none: with it every step is noisy.
+    # The method. Pruning drops steps after the splits. The tuned Mix trains none of them, so a pruned run does not use it.
     if args.method == "branchgrpo" and args.mix is not None:
         raise ValueError("--mix goes with --method branchgrpo-mix or mixgrpo, not with branchgrpo")
     if args.mix is not None:

@@ -31,8 +31,7 @@ from prompts import own_prompts
 def start(script: str, job, argv: list[str] | None, finish) -> None:
     """A script's main: what `job` makes of the flags is trained, or with --plan only counted.
 
-    An error of ours is printed as one sentence, exit code 2. An error raised inside a library keeps its traceback,
-    since
+    An error of ours is printed as one sentence, exit code 2. An error raised inside a library keeps its traceback:
     where it happened matters.
     """
     try:

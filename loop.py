@@ -153,7 +153,7 @@ def minibatches(run: Run, iteration: int, edges_of, prompts: int) -> list[Edges]
     """
     args = run.args
     if args.updates_by == "prompts":
-        return [edges_of(rows) for rows in torch.arange(prompts).chunk(args.updates)]
+        return [edges_of(rows) for rows in torch.arange(prompts).chunk(args.updates)]  # launch.py: they divide evenly
     seed = [args.seed, iteration, 3, run.accelerator.process_index]  # 3: this stream; schedules have 1, prompts 2
     return split_parents(edges_of(torch.arange(prompts)), args.updates, seed)
 
@@ -185,7 +185,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     leaf_rewards, ranking, advantages = credit_leaves(run, out, forest, scores)
     keep = prune(forest, ranking, args.width_prune, schedule.depth_window, schedule.trained_steps)
 
-    # 5. Update. The rate falls linearly from --lr to --lr-end of it.
+    # 5. Update. The rate falls linearly from --lr to the fraction --lr-end of it.
     row["lr"] = args.lr * (1 - (1 - args.lr_end) * iteration / args.iterations)
     for group in run.optimizer.param_groups:
         group["lr"] = row["lr"]
@@ -221,6 +221,7 @@ def rollout_metrics(run: Run, out: Rollout, forest: Forest, keep, leaf_rewards: 
         "effective_leaves": effective_leaves(out.path_logp(forest), forest, args.fusion_beta).mean().item(),
         "leaves": forest.leaves,
         "trained_edges": counts["trainable"] * args.prompts_per_iteration,
+        # Evaluations of the transformer, in rollout and training. (The paper's NFE new is `kept` of tree.count.)
         "nfe": (counts["forwards"] + counts["trained_parents"]) * args.prompts_per_iteration,
         "peak_gib": peak_gib(acc.device),
     } | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}

@@ -1,8 +1,7 @@
 """Every method of the field as a forest with a schedule; the trainer is the same for all of them.
 
 Idea: methods differ in how many initial noises a prompt has, where trajectories branch, and which steps draw noise.
-Those
-three things are a Forest (tree.py), so each method is one function from the iteration to a forest.
+Those three things are a Forest (tree.py), so each method is one function from the iteration to a forest.
 
 | method         | roots  | splits             | K      | stochastic steps                           | siblings share |
 |----------------|--------|--------------------|--------|--------------------------------------------|----------------|
@@ -15,15 +14,13 @@ three things are a Forest (tree.py), so each method is one function from the ite
 | tempflow       | 1      | one random step    | leaves | that step; loss weight std_i, of mean 1    | ODE prefix     |
 
 1. METHODS        method -> the forest of an iteration
-2. schedule_of    that forest with all that changes over training: noise levels, trained steps, depth window, loss
-weights
+2. schedule_of    that forest with what changes over training: noise levels, trained steps, depth window, loss weights
 
 Direction of time: step 0 is the noisiest. An iteration is one rollout of all its prompts; windows slide with it.
 
 Departures: where a method's code draws a random choice for each sample, here it is drawn once per iteration, so that
-all
-forests of an iteration are regular and one batch. Everything is a function of options, seed and iteration, so a resumed
-run draws the same.
+all forests of an iteration are regular and one batch. Everything is a function of options, seed and iteration, so a
+resumed run draws the same.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +40,7 @@ def mix_window(args, iteration: int, last_start: int) -> range:
 
 
 def branchgrpo(args, iteration: int, rng: np.random.Generator) -> Forest:
-    """The paper's tree, every step stochastic."""
+    """The paper's tree, every step stochastic but the last."""
     return make_forest(args.steps, args.branch, args.splits, args.roots)
 
 
@@ -71,7 +68,7 @@ def mixgrpo(args, iteration: int, rng: np.random.Generator) -> Forest:
 
 
 def flowgrpo_fast(args, iteration: int, rng: np.random.Generator) -> Forest:
-    """A shared ODE prefix to a random step; that step and the next are stochastic."""
+    """A shared ODE prefix to a random step; that step and, unless it is the last, the next are stochastic."""
     step = int(rng.integers(0, args.steps - 1))
     return make_forest(args.steps, args.leaves, (step,), chosen=(step, step + 1))
 
@@ -102,10 +99,8 @@ class Schedule:
     """What one iteration does.
 
     forest: its shape and its stochastic steps. sigmas: (T+1,) noise levels. trained_steps: the stochastic steps that
-    are
-    trained. depth_window: (start, width) of the steps that depth pruning drops, or None. step_weight: (T,) factors of
-    the
-    loss, or None for ones.
+    are trained. depth_window: (start, width) of the steps that depth pruning drops, or None. step_weight: (T,) factors
+    of the loss, or None for ones.
     """
 
     forest: Forest
@@ -118,9 +113,8 @@ class Schedule:
 def schedule_of(args, iteration: int) -> Schedule:
     """The schedule of one iteration, a function of the options, the seed and the iteration alone.
 
-    timestep_fraction f trains a random ceil(f n) of the n stochastic steps, drawn anew in each iteration, the same for
-    all
-    leaves (DanceGRPO draws for every sample, and rounds down).
+    timestep_fraction f trains a random ceil(f N) of the N stochastic steps, drawn anew in each iteration, the same for
+    all leaves (DanceGRPO draws for every sample, and rounds down).
     """
     rng = np.random.default_rng([args.seed, iteration, 1])  # the last number is this stream's; that of prompts is 2
     forest = METHODS[args.method](args, iteration, rng)
@@ -132,10 +126,10 @@ def schedule_of(args, iteration: int) -> Schedule:
         short_tail = (k, forest.steps - k)
     sigmas = sigma_schedule(args.steps, args.shift, short_tail)
 
-    # ceil(f n); the small number is there because 0.07 * 100, say, is 7.000000000000001 and would become 8.
+    # ceil(f N); the small number is there because 0.07 * 100, say, is 7.000000000000001 and would become 8.
     stochastic = [i for i in range(forest.steps) if forest.stochastic(i)]
-    n = int(np.ceil(args.timestep_fraction * len(stochastic) - 1e-9))
-    trained = frozenset(int(i) for i in rng.permutation(stochastic)[:n])
+    n_trained = int(np.ceil(args.timestep_fraction * len(stochastic) - 1e-9))
+    trained = frozenset(int(i) for i in rng.permutation(stochastic)[:n_trained])
 
     # Depth pruning: the window slides from just after the last split towards the picture.
     depth_window = None

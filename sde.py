@@ -18,17 +18,18 @@ dt = sigma_{i+1} - sigma_i < 0. The velocity v = v_theta(x, sigma, prompt) point
 5. the tail       after the last noise, an ODE in fewer, better steps          `second_order`
 
 Symbols: `eta` is always the noise strength, the flag --eta (DanceGRPO writes eta, Flow-GRPO and Flow-CPS write a).
-`zeta_b` is a child's own noise in Eq. 2 (the paper writes eta_b, which would be a second eta).
+`zeta_b` is a child's own noise in Eq. 2 (the paper writes eta_b, which would be a second eta). `s` is always the branch
+noise of Eq. 2, the flag --branch-noise; the amount of noise of an SDE is g (Flow-GRPO writes sigma_t).
 
 Departures from the papers, and why:
 - The log-density is a MEAN over the D dimensions of a latent, the convention of DDPO, Flow-GRPO and DanceGRPO. With
   a sum the ratio of Eq. 5 would be exp(D * something small), which explodes with D.
 - Flow-CPS' code drops the factor 1/(2 std^2) and the constants of the density. Here that is an option
   (`density="upstream"`); the true density is the default.
-- The last step, to sigma_T = 0, is always `ode`: noise added there would never reach the reward.
-- The marginals of flow equal the ODE's only as dt -> 0, and dance's not even then: the noise of its last noisy step,
-  over sigma, grows with T. In few steps both end noisier than sigma (with T = 10 and noise at all steps: flow at 0.7
-  ends 1.3 times as noisy, dance at 1.6 ends 3.1 times). cps never does. docs/method.md has the table.
+- The last step, to sigma_T = 0, is always `ode`. The published code draws noise there, trains it, and scores a picture
+  made without it, so its last edges learn from nothing; scored with it, the picture would have grain.
+- The marginals of dance and flow equal the ODE's only as dt -> 0, and near sigma = 0 those of dance do not: its last
+  noise over sigma grows with T. In few steps both end noisier than sigma; cps never does (table in docs/method.md).
 """
 
 import math
@@ -71,9 +72,10 @@ def sigma_schedule(steps: int, shift: float = 3.0, tail: tuple[int, int] | None 
 
 
 # ------------------------------------------------------------------------------------------ four kinds of a single step
-# All have the same arguments and results, see `step_moments`. docs/method.md derives the SDE
-#     dx = v dsigma + (g^2/2) (x - (1-sigma) x0hat)/sigma^2 dsigma + g dW,
-# whose noise g dW would widen the marginal; the drift beside v, taken with dt < 0, pulls x back by just as much.
+# All have the same arguments and results, see `step_moments`; only flow uses sigma_1, and ode no eta. They discretise
+#     dx = v dsigma + (g^2/2) (x - (1-sigma) x0hat)/sigma^2 dsigma + g dW,   dW of variance -dsigma,
+# whose noise g dW would widen the marginal; the drift beside v, taken with dsigma < 0, pulls x back by just as much.
+# docs/method.md derives it.
 def dance(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
     """DanceGRPO (arXiv:2505.07818), g = eta: a constant amount of noise.
 
@@ -84,24 +86,24 @@ def dance(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, s
 
     # Minus the score of N((1-sigma) x0, sigma^2 I), times g^2/2. It points away from the clean estimate; multiplied by
     # dt < 0 it pulls x towards it, as much as the noise will push it away.
-    score_drift = (eta**2 / 2) * (x - (1 - sigma) * x0hat) / sigma**2
-    return x + v * dt + score_drift * dt, eta * (-dt).sqrt()
+    drift = (eta**2 / 2) * (x - (1 - sigma) * x0hat) / sigma**2
+    return x + v * dt + drift * dt, eta * (-dt).sqrt()
 
 
 def flow(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
-    """Flow-GRPO (arXiv:2505.05470), g = s = eta sqrt(sigma/(1-sigma)): much noise early, little late.
+    """Flow-GRPO (arXiv:2505.05470), g = eta sqrt(sigma/(1-sigma)): much noise early, little late.
 
-    mean = x (1 + s^2 dt/(2 sigma)) + v (1 + s^2 (1-sigma)/(2 sigma)) dt, std = s sqrt(-dt).
+    mean = x (1 + g^2 dt/(2 sigma)) + v (1 + g^2 (1-sigma)/(2 sigma)) dt, std = g sqrt(-dt).
     It is the same SDE as dance's, written in x and v: x - (1-sigma) x0hat = sigma x + sigma (1-sigma) v.
     """
     dt = sigma_next - sigma
 
-    # At the first step sigma = 1, and the root would divide by 0: there 1 - sigma is taken at the next level, sigma_1.
-    s = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_1, sigma))).sqrt()
+    # At the first step sigma = 1, and 1 - sigma = 0 would be divided by: there the next level, sigma_1, is put in.
+    g = eta * (sigma / (1 - torch.where(sigma >= 1, sigma_1, sigma))).sqrt()
 
-    x_scale = 1 + s**2 * dt / (2 * sigma)
-    v_scale = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
-    return x * x_scale + v * v_scale, s * (-dt).sqrt()
+    x_scale = 1 + g**2 * dt / (2 * sigma)
+    v_scale = (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+    return x * x_scale + v * v_scale, g * (-dt).sqrt()
 
 
 def cps(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_1: float) -> tuple[Tensor, Tensor]:
@@ -178,7 +180,7 @@ def branch_noise(parents: int, branch: int, shape: tuple[int, ...], s: float, ge
     """Noises of siblings (Eq. 2, arXiv:2509.06040v5): xi_b = (xi_0 + s zeta_b) / sqrt(1 + s^2).
 
     xi_0 is shared by the K siblings of a parent, zeta_b is each child's own. Every xi_b ~ N(0, I) whatever s is, since
-    (1 + s^2)/(1 + s^2) = 1, so each child by itself is a plain SDE step, and its log-prob uses the unscaled std.
+    (1 + s^2)/(1 + s^2) = 1, so each child by itself is a plain SDE step, whose std its log-prob has, without s.
     Siblings are correlated: Cov(xi_b, xi_b') = I / (1 + s^2), which is 0.5 for s = 1 and 0.059 for s = 4.
 
     Args:
@@ -217,7 +219,7 @@ def second_order(x: Tensor, x0hat: Tensor, x0hat_before: Tensor, sigmas: tuple[f
     """
     # lambda at the three levels: the steps h_before = b - a and h = c - b are measured in it, because there the
     # solution is smooth.
-    a, b, c = (math.log(1 / s - 1) for s in sigmas)
+    a, b, c = (math.log(1 / sigma - 1) for sigma in sigmas)
 
     # Extrapolate the clean estimate to the middle of the step, along the line through the last two estimates.
     target = x0hat + (c - b) / (2 * (b - a)) * (x0hat - x0hat_before)

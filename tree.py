@@ -1,8 +1,7 @@
 """The forest as arrays of one level each: its shape, its credit, what is pruned from it, and what it costs.
 
 Idea: trajectories of one prompt share their prefixes. `roots` initial noises each grow a tree; at a split step every
-node
-gets K children, at any other step one. The forest is regular, so a level is an array and no node object exists:
+node gets K children, at any other step one. The forest is regular, so a level is an array and no node object exists:
 
     depth      0     1         2              3              T = 3, K = 2, splits at steps 0 and 1, one root
     nodes      0     0 1       0 1 2 3        0 1 2 3        node j at depth d + 1 has parent j // children[d],
@@ -29,19 +28,17 @@ One tree by hand (docs/method.md has it in full; a test computes it): T = 4, K =
     advantages at depths 2, 3, 4      -1.18 -0.39 +1.57  0.00       (rbar - 0) / 0.255
 
 The fourth leaf earned exactly the mean. GRPO would give its whole path nothing; the tree credits its first step with
-+1,
-because that step also led to the third leaf, and takes nothing from its later steps.
++1, because that step also led to the third leaf. (The last step has an advantage too, but it is never trained.)
 
 Departures from the paper, and why:
 - Rewards are centred before fusion and everything is float64: differences between rewards are small beside the rewards.
 - A depth whose values all agree (or with one node) has advantage 0 exactly, where (x - mean)/(std + eps) would amplify
   rounding errors.
 - Advantages use the whole tree, before pruning.
+
 Known weaknesses, kept visible: with two nodes at a depth the z-score is +-1 whatever the gap. And path log-probs are
-sums
-of per-dimension means, so at beta = 1 the weights of Eq. 3 are nearly uniform (`effective_leaves` is 15.9 of 16) and
-fusion is close to the plain mean. With sums over dimensions they would be nearly one-hot; a larger beta (100) shows the
-difference.
+sums of per-dimension means, so at beta = 1 the weights of Eq. 3 are nearly uniform (`effective_leaves` is 15.9 of 16)
+and fusion is close to the plain mean. Sums over the D dimensions are beta = D, nearly one-hot (D = 512 in tiny/flux).
 
     python tree.py --steps 20 --branch 2 --splits 0,3,6,9     # draws the tree, prints its counts
 """
@@ -189,7 +186,9 @@ def path_weights(path_logp: Tensor, nodes: int, beta: float) -> Tensor:
 def fuse(rewards: Tensor, path_logp: Tensor, forest: Forest, beta: float) -> list[Tensor]:
     """Leaf rewards upwards (Eq. 3, arXiv:2509.06040v5): rbar(n) = sum_l w_l r_l, w = softmax_l(beta log p(l|n)).
 
-    l runs over the leaves below node n. log p(l|n) sums the log-probs of the stochastic edges from n to l.
+    l runs over the leaves below node n. log p(l|n) sums the log-probs of the stochastic edges from n to l. Siblings
+    have one std, so paths differ in -mean_D(xi^2)/2 alone: the likeliest leaf is the one with the least noise, whatever
+    its reward. beta = 1 is the paper's choice; 0 is the mean that Monte Carlo would take.
 
     Args:
         rewards: (P, leaves), any unit, higher is better.
@@ -199,15 +198,15 @@ def fuse(rewards: Tensor, path_logp: Tensor, forest: Forest, beta: float) -> lis
     Returns:
         T+1 tensors (P, n_d), float64, of centred rewards: every prompt's leaf mean is subtracted first.
     """
-    # An advantage does not change when a constant is added to all rewards, but rounding does: near 0 it is smallest.
+    # A constant added to all rewards changes no advantage, but it costs digits: so they are moved to around 0.
     centred = rewards.double() - rewards.double().mean(1, keepdim=True)  # (P, leaves)
 
     # One weighted mean per node. The part of a path above n is the same for all leaves below n: it adds a constant
     # inside the softmax, which cancels. So whole-path sums serve every depth, and no sum from n to l has to be formed.
     fused = []
-    for n in forest.sizes:
-        weights = path_weights(path_logp, n, beta)  # (P, n_d, leaves below)
-        fused.append((weights * centred.unflatten(1, (n, -1))).sum(-1))  # (P, n_d)
+    for nodes in forest.sizes:
+        weights = path_weights(path_logp, nodes, beta)  # (P, n_d, leaves below)
+        fused.append((weights * centred.unflatten(1, (nodes, -1))).sum(-1))  # (P, n_d)
     return fused
 
 
@@ -295,7 +294,7 @@ def advantages(fused: list[Tensor], forest: Forest, rule: str = "depth", clip: f
 
 # ------------------------------------------------------------------------------------------------------------- pruning
 def keep_chosen(forest: Forest, prompts: int) -> list[Tensor]:
-    """Masks of all edges whose step the schedule chose: T bool tensors (P, n_{i+1}), sharing no memory."""
+    """Masks of all edges whose step the schedule chose: T bool tensors (P, n_{i+1}) that share no memory."""
     return [torch.full((prompts, n), c) for n, c in zip(forest.sizes[1:], forest.chosen)]
 
 
@@ -354,8 +353,7 @@ def keep_extreme(forest: Forest, rewards: Tensor, b: int) -> list[Tensor]:
 
 
 def drop_window(forest: Forest, start: int, width: int, prompts: int = 1) -> list[Tensor]:
-    """Depth pruning: drop every edge whose step lies in [start, start + width), and never one at or before the last
-    split.
+    """Depth pruning: drop every edge whose step lies in [start, start + width) and comes after the last split.
 
     Returns:
         T bool tensors (P, n_{i+1}).
@@ -416,7 +414,7 @@ def count(forest: Forest, keep: list[Tensor] | None = None) -> dict[str, float]:
 
 
 def intersect(*masks: list[Tensor]) -> list[Tensor]:
-    """The edges that every list of masks keeps."""
+    """The edges that every list of masks keeps; a mask of one prompt holds for all."""
     return [torch.stack(torch.broadcast_tensors(*level)).all(0) for level in zip(*masks)]
 
 

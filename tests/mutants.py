@@ -31,10 +31,10 @@ DROPPED = "set(range(max(start, forest.last_split + 1), start + width))"
 MUTANTS = [
     ("sde", "u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps", "u = torch.arange(steps + 1.0) / steps"),
     ("sde", "return shift * u / (1 + (shift - 1) * u)", "return shift * u / (1 + shift * u)"),
-    ("sde", "score_drift = (eta**2 / 2)", "score_drift = (eta**2)"),
-    ("sde", "return x + v * dt + score_drift * dt, eta", "return x + v * dt - score_drift * dt, eta"),
-    ("sde", "score_drift * dt, eta * (-dt).sqrt()", "score_drift * dt, eta * -dt"),
-    ("sde", "v_scale = (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt", "v_scale = dt"),
+    ("sde", "drift = (eta**2 / 2)", "drift = (eta**2)"),
+    ("sde", "return x + v * dt + drift * dt, eta", "return x + v * dt - drift * dt, eta"),
+    ("sde", "drift * dt, eta * (-dt).sqrt()", "drift * dt, eta * -dt"),
+    ("sde", "v_scale = (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt", "v_scale = dt"),
     ("sde", "(c - b) / (2 * (b - a))", "(b - a) / (2 * (c - b))"),
     ("sde", "target + sigmas[2] / sigmas[1] * (x - target)", "target + sigmas[1] / sigmas[2] * (x - target)"),
     ("sde", "1 - torch.where(sigma >= 1, sigma_1, sigma)", "1 - torch.where(sigma >= 1, 0.99, sigma)"),
@@ -145,7 +145,7 @@ MUTANTS = [
 
 
 def survives(name: str, right: str = "", wrong: str = "") -> bool:
-    """Whether the tests stay green on a copy of the project with this fault; without one, whether they are green at all."""
+    """Whether the tests stay green on a copy of the project with this fault, or without one on an unchanged copy."""
     import pytest
 
     with tempfile.TemporaryDirectory() as folder:

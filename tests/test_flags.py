@@ -222,7 +222,7 @@ def test_a_pruned_run_names_its_unpruned_counterpart(text, monkeypatch):
 def test_docs_defaults_is_the_table():
     """docs/defaults.md has a row for every open flag, with both of its values."""
     text = (flags.HERE / "docs/defaults.md").read_text()
-    for table in (flags.PAPER_IMAGE, flags.PAPER_VIDEO):
+    for table in (flags.DEFAULTS_IMAGE, flags.DEFAULTS_VIDEO):
         for name, default in table.items():
             rows = [row.split("|") for row in text.splitlines() if row.startswith(f"| `--{name.replace('_', '-')}`")]
             assert rows, name
