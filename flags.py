@@ -395,7 +395,7 @@ def resolve_tree(args, embedded: bool, tuned: str) -> None:
     """Decide method, splits, leaves and windows from what was given; explicit --splits win and imply the leaves."""
     pruned = args.depth_prune is not None or args.width_prune is not None
 
-    # The method. Pruning drops steps after the splits. The tuned Mix trains none of them, so a pruned run does not use it.
+    # The method. Pruning drops steps after the splits; the tuned Mix trains none of them, so it is not for pruned runs.
     if args.method == "branchgrpo" and args.mix is not None:
         raise ValueError("--mix goes with --method branchgrpo-mix or mixgrpo, not with branchgrpo")
     if args.mix is not None:
