@@ -7,12 +7,20 @@
 
 A folder holds options.json, metrics.jsonl, before.safetensors, checkpoint-N for some iterations N, the tracker's files
 and, when the run has ended, the pictures of report.py and the trained model.
+
+Whose is a checkpoint? A run has an identity, a random number in its options.json. A checkpoint's manifest.json names
+it, the iteration, and every file with its size and checksum; it is written last. Only folders with such a list are ever
+counted, loaded or deleted, so other people's folders are safe whatever they are called, and a damaged checkpoint is
+noticed: the run then goes on from the one before it.
 """
 
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +30,12 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 import parallel
-from branchgrpo import Sampler
-from flags import MAY_CHANGE
+from branchgrpo import NonFinite, Sampler
+from disk import cannot_write, damage, list_files, read_json, sync, write_durably
+from flags import HERE, MAY_CHANGE
 from preference import to_uint8
 from rewards import Reward
 from schedules import noise_sharing
@@ -45,6 +55,7 @@ class Run:
     weights: dict[str, float]  # optimised
     optimizer: torch.optim.Optimizer | None = None
     ema: EMAModel | None = None
+    identity: str = ""  # of the run, as its options.json and its checkpoints name it
     iteration: int = 0  # iterations done
     history: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
     pictures: Tensor | None = None  # of the last evaluation
@@ -65,15 +76,14 @@ class Run:
 
 # ------------------------------------------------------------------------------------------------- the folder of a run
 def find_out(args) -> str:
-    """The run's folder from `--out` and `--resume`: a new one under runs/, the one given, or that of the run to
-    continue.
+    """The run's folder by `--out` and `--resume`: a new one under runs/, the one given, or that of the run to continue.
 
     Raises:
         ValueError: if a run would be overwritten, or there is none to continue.
     """
-    # A new run never writes into another's folder.
+    # A new run never writes into another's folder. The random end keeps two apart that start in the same second.
     if args.resume is None:
-        out = args.out or f"runs/{args.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = args.out or f"runs/{args.method}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         if (Path(out) / "options.json").exists():
             raise ValueError(f"--out {out} holds a run: add --resume to continue it, or name another folder")
         return out
@@ -86,69 +96,144 @@ def find_out(args) -> str:
     return out
 
 
-def options_to_keep(args, prompts: list[str], heldout: list[str]) -> str:
-    """What options.json holds: every option that shapes a run, and a hash of its prompts. On resume it is compared.
+def same_place(value):
+    """A path inside the project by what it means: a project that was moved still knows its own files."""
+    path = Path(value) if isinstance(value, str) else None
+    if path and path.exists() and path.resolve().is_relative_to(HERE.resolve()):
+        return f"PROJECT/{path.resolve().relative_to(HERE.resolve())}"
+    return value
 
-    --iterations may then be that of the last checkpoint: nothing is left to train, and the model is written.
+
+def options_to_keep(args, prompts: list[str], heldout: list[str]) -> dict:
+    """What options.json holds: every option that shapes a run, a hash of its prompts, and the run's identity.
+
+    On resume the options are compared. --iterations may then be that of a kept checkpoint, whose model is written; or
+    more than before: the run is extended, and from there on the rate and the windows are those of a run so long.
 
     Raises:
-        ValueError: if an option or the prompts differ from those of the run to continue.
+        ValueError: if an option or the prompts differ from those of the run to continue, or options.json is damaged.
     """
     digest = hashlib.sha256("\n".join([*prompts, "", *heldout]).encode()).hexdigest()
     options = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    options = {name: same_place(value) if name == "model" else value for name, value in options.items()}
     options = json.loads(json.dumps(options | {"sha256-of-prompts": digest}))  # tuples become lists, as on disk
     if args.resume is None:
-        return json.dumps(options, indent=1)
+        return options | {"run": secrets.token_hex(16)}
 
-    # The one exception: training may be declared finished at the iteration of the newest checkpoint.
-    newest = max((iteration_of(path) for path in checkpoints(Path(args.out))), default=None)
-    for name, kept in json.loads((Path(args.out) / "options.json").read_text()).items():
-        finished = name == "iterations" and options[name] == newest
-        if options[name] != kept and not finished:
+    kept = read_json(Path(args.out) / "options.json", "without it the run cannot be continued")
+    done = [iteration_of(path) for path in checkpoints(Path(args.out))]
+    for name, value in kept.items():
+        if name in ("run", "sha256-of-model"):  # the former names the run, the latter is compared once it is loaded
+            continue
+        now = options.get(name)
+        extended = name == "iterations" and (now in done or now > value)
+        if now != value and not extended:
             flag = name.replace("_", "-")
-            raise ValueError(f"--resume: the run has --{flag} {kept}, not {options[name]}; give the same flags")
-    return json.dumps(options, indent=1)
+            raise ValueError(f"--resume: the run has --{flag} {value}, not {now}; give the same flags")
+    return kept | options
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
+MANIFEST = "manifest.json"
+
+
 def iteration_of(checkpoint: Path) -> int:
     """The number of iterations after which a checkpoint was written: checkpoint-300 -> 300."""
     return int(checkpoint.name.split("-")[1])
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
-    return sorted(out.glob("checkpoint-*"), key=iteration_of)
+    """The checkpoints that the run of this folder wrote, oldest first; whether they are whole, `whole_checkpoint` says."""
+    identity = read_json(out / "options.json", "it says whose checkpoints these are")["run"]
+    own = []
+    for path in out.glob("checkpoint-*"):
+        manifest = path / MANIFEST
+        if re.fullmatch(r"checkpoint-\d+", path.name) and manifest.is_file():
+            try:
+                listed = json.loads(manifest.read_text(encoding="utf-8"))
+            except ValueError:
+                continue  # torn: nobody's
+            if listed.get("run") == identity and listed.get("iteration") == iteration_of(path):
+                own.append(path)
+    return sorted(own, key=iteration_of)
+
+
+def whole_checkpoint(out: Path, iterations: int) -> Path | None:
+    """The newest checkpoint that is as it was written, after at most so many iterations; None if there is none.
+
+    A damaged one is passed over, and said.
+
+    Raises:
+        ValueError: if all are damaged.
+    """
+    notes = []
+    for path in reversed([path for path in checkpoints(out) if iteration_of(path) <= iterations]):
+        wrong = damage(path, json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
+        if wrong is None:
+            for note in notes:
+                print(f"{note}: going on from {path.name}", file=sys.stderr)
+            return path
+        notes.append(f"{path} is damaged ({wrong})")
+    if notes:
+        raise ValueError(f"--resume: no checkpoint is whole: {'; '.join(notes)}. Delete them to begin anew")
+    return None
 
 
 def save_checkpoint(run: Run) -> None:
     """Write a checkpoint beside, then rename it, so that a half-written one never has the good name; --keep are kept.
 
     Every process must call it.
+
+    Raises:
+        NonFinite: on every process, if a weight is not finite: the checkpoint before stays the newest.
+        ValueError: on every process, if the disk is full or cannot be written.
     """
     final, unfinished = run.out / f"checkpoint-{run.iteration}", run.out / ".writing"
     main = run.accelerator.is_main_process
-    if main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
+
+    # Weights that a step has ruined are not kept.
+    finite = all(weight.isfinite().all() for weight in run.policy.trainable())
+    ruined = f"a weight is not finite after iteration {run.iteration}: the checkpoint before it stays the newest"
+    parallel.together(None if finite else ruined, NonFinite)
 
     # All processes write their pieces into the folder of the main one: not before it is there, not after it is renamed.
-    run.accelerator.wait_for_everyone()
-    parallel.save(run, unfinished)
-    run.accelerator.wait_for_everyone()
+    # What a full disk raises depends on who meets it first: OSError, RuntimeError, or torch's own, no Exception at all.
+    error = None
+    try:
+        if main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+    except OSError as raised:
+        error = cannot_write(final, raised)
+    parallel.together(error, ValueError)
+    try:
+        parallel.save(run, unfinished)
+    except (Exception, CheckpointException) as raised:
+        error = cannot_write(final, raised)
+    parallel.together(error, ValueError)
 
-    if main:
-        (unfinished / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
-        for old in checkpoints(run.out)[: -run.args.keep]:
-            shutil.rmtree(old)
+    # The list of files comes last, and the name after it. Then older checkpoints of this run go.
+    try:
+        if main:
+            rows = "".join(json.dumps(row) + "\n" for row in run.history)
+            (unfinished / "metrics.jsonl").write_text(rows, encoding="utf-8")
+            listed = {"run": run.identity, "iteration": run.iteration, "files": list_files(unfinished, MANIFEST)}
+            write_durably(unfinished / MANIFEST, json.dumps(listed, indent=1))
+            if final in checkpoints(run.out):
+                shutil.rmtree(final)
+            os.replace(unfinished, final)
+            sync(run.out)
+            for old in checkpoints(run.out)[: -run.args.keep]:
+                shutil.rmtree(old)
+    except OSError as raised:
+        error = cannot_write(final, raised)
+    parallel.together(error, ValueError)
 
 
 def load_checkpoint(run: Run, folder: Path) -> None:
     """Restore what `save_checkpoint` wrote, on any number of processes; metric rows written after it are dropped."""
     parallel.load(run, folder)
-    run.history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    run.history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     run.iteration = iteration_of(folder)
 
 

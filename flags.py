@@ -206,7 +206,7 @@ def parser(description: str, video: bool = False) -> Parser:
     )
     g(
         "--prompts",
-        help="text (one per line), .json, .jsonl, .csv, .parquet, hub:NAME:SPLIT; default: the embedded ones",
+        help=".txt (one per line), .json, .jsonl, .csv, .tsv, .parquet, hub:NAME:SPLIT; default: the embedded ones",
     )
     g("--eval-prompts", help="held-out prompts, likewise; default: a random tenth of --prompts")
     g("--prompt-column", default="prompt", help="of a record of --prompts and --eval-prompts")
@@ -504,8 +504,13 @@ def check(args) -> None:
         raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
     if args.nf4 and args.fsdp:
         raise ValueError("--nf4 does not go with --fsdp: packed weights cannot be split")
-    if schedule_of(args, 0).forest.last_stochastic < 0:
+    forest = schedule_of(args, 0).forest
+    if forest.last_stochastic < 0:
         raise ValueError("no step would be noisy, so none trained: give --splits, --mix or fewer --roots")
+    first_end = forest.last_split + (args.depth_prune or 0)
+    if args.depth_prune is not None and args.depth_stop is not None and args.depth_stop < first_end:
+        window = f"the end of the first window of --depth-prune {args.depth_prune}, step {first_end}"
+        raise ValueError(f"--depth-stop {args.depth_stop} lies before {window}: the window would never move")
 
 
 # ------------------------------------------------------------------------------------------------------------- describe

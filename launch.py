@@ -7,8 +7,9 @@
 Bad input is refused before anything long begins: flags before models are loaded, models before training.
 """
 
+import hashlib
 import json
-import os
+import shlex
 import sys
 import traceback
 from datetime import timedelta
@@ -16,15 +17,25 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import hardware
 import rewards as R
 from branchgrpo import NonFinite
-from checkpoint import Run, checkpoints, find_out, load_checkpoint, options_to_keep
+from checkpoint import Run, checkpoints, find_out, load_checkpoint, options_to_keep, whole_checkpoint
+from disk import FolderLock, cannot_write, check_room, check_writable, write_durably
 from flags import HERE, describe
-from loop import summary, train
+from loop import Stopped, evaluate, keep_before, summary, train
+from parallel import check_metadata, together
 from prompts import own_prompts
 
 
@@ -34,18 +45,35 @@ def start(script: str, job, argv: list[str] | None, finish) -> None:
     An error of ours is printed as one sentence, exit code 2. An error raised inside a library keeps its traceback:
     where it happened matters.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 must not end a run over a prompt
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    args = None
     try:
         args, *rest = job(argv)
         if args.plan:
             print(hardware.report(args))
         else:
             main(args, *rest, finish)
+    except (KeyboardInterrupt, Stopped) as stopped:
+        print(f"{script}: {where_it_stands(args)}", file=sys.stderr)
+        sys.exit(143 if isinstance(stopped, Stopped) else 130)  # as if the signal had ended it
     except (ValueError, NonFinite) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(raised_in).resolve().parent != HERE.resolve():
             raise
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def where_it_stands(args) -> str:
+    """One line on a run that was stopped: what is kept of it, and how it goes on."""
+    out = Path(args.out) if args is not None and args.out else None
+    if out is None or not (out / "options.json").exists():
+        return "stopped before the run began"
+    kept = checkpoints(out)
+    where = f"{kept[-1].name} is the newest checkpoint" if kept else "no checkpoint was written yet"
+    return f"stopped; {where}: the same flags with --resume {shlex.quote(str(out))} go on from there"
 
 
 def make_accelerator(args) -> Accelerator:
@@ -58,19 +86,94 @@ def make_accelerator(args) -> Accelerator:
         if asked and not torch.cuda.is_available():
             raise ValueError(f"{flag}: no GPU was found")
 
-    # Others wait while one process writes a large checkpoint, hence an
-    # hour. Buffers are constants: DDP need not send them.
+    # Others wait while one process writes a large checkpoint, hence an hour. Buffers are constants, which DDP need not
+    # send. The plugin is there because accelerate would take the steps of accumulation from the environment, and divide
+    # every gradient by them.
     handlers = [
         InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         DistributedDataParallelKwargs(broadcast_buffers=False),
     ]
-    cpu = args.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        cpu=args.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="no",
+        kwargs_handlers=handlers,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
 
     # `accelerate launch` can be configured to shard or compile, on top of what is done here.
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED") or accelerator.state.dynamo_plugin.backend != "NO":
         raise ValueError("accelerate's own sharding and compilation must be off: here they are --fsdp and --compile")
     return accelerator
+
+
+def check_same_options(args, prompts: list[str], heldout: list[str]) -> None:
+    """Every process has the flags and prompts of the main one; with other ones it would train on silently, or hang.
+
+    Raises:
+        ValueError: on every process, naming the first flag that differs.
+    """
+    digest = hashlib.sha256("\n".join([*prompts, "", *heldout]).encode(errors="surrogateescape")).hexdigest()
+    own = {name: value for name, value in vars(args).items() if name != "origin"} | {"prompts": digest}
+    everyone = gather_object([own])
+    for rank, options in enumerate(everyone):
+        for name, value in options.items():
+            if value != everyone[0][name]:
+                flag = f"--{name.replace('_', '-')}"
+                what = f"{value}, and the main process {everyone[0][name]}" if name != "prompts" else "other prompts"
+                raise ValueError(f"process {rank} was started with {flag} {what}: give all processes the same flags")
+
+
+def claim_folder(
+    args, accelerator: Accelerator, prompts: list[str], heldout: list[str]
+) -> tuple[dict, FolderLock | None]:
+    """The run's folder, checked before anything is loaded; a run that goes on holds it from here.
+
+    Returns:
+        what options.json is to hold, and on the main process of a run that goes on the lock.
+
+    Raises:
+        ValueError: on every process.
+    """
+    out, options, lock, error = None, {}, None, None
+    try:
+        if accelerator.is_main_process:
+            if args.out:
+                check_writable(Path(args.out))
+            args.out = out = find_out(args)
+            check_writable(Path(out))
+            options = options_to_keep(args, prompts, heldout)
+            lock = FolderLock(Path(out)) if args.resume is not None else None
+    except ValueError as raised:
+        error = raised
+    together(error, ValueError)
+    args.out, options = broadcast_object_list([out, options])
+    return options, lock
+
+
+def make_folder(run: Run, options: dict) -> FolderLock:
+    """A new run's folder with its options, once everything has been loaded, so that a start that fails leaves nothing.
+
+    Raises:
+        ValueError: if another run has begun in it meanwhile, or it cannot be made.
+    """
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(run.out)
+        if (run.out / "options.json").exists():
+            raise ValueError(f"--out {run.out} holds a run by now: name another folder")
+        write_durably(run.out / "options.json", json.dumps(options, indent=1))
+    except OSError as error:
+        raise cannot_write(run.out, error) from error
+    return lock
+
+
+def bytes_to_keep(run: Run) -> float:
+    """What the checkpoints and the model will take on the disk, with one checkpoint being written beside those kept."""
+    trained = sum(weight.numel() for weight in run.policy.trainable())
+    a_checkpoint = 4 * trained * (4 + bool(run.ema))  # float32: weights twice, two moments, the average
+    parts = [part for part in run.policy.pipe.components.values() if isinstance(part, torch.nn.Module)]
+    model = 4 * trained if run.args.lora else sum(w.numel() * w.element_size() for m in parts for w in m.parameters())
+    return (run.args.keep + 1) * a_checkpoint + model
 
 
 def main(args, load_policy, shape: tuple[int, ...], prompts: list[str], heldout: list[str], finish) -> None:
@@ -86,26 +189,34 @@ def main(args, load_policy, shape: tuple[int, ...], prompts: list[str], heldout:
     accelerator = make_accelerator(args)
     main_process = accelerator.is_main_process
 
-    # One folder for all processes, as the main one names it. Options are compared with a run to resume before loading.
-    args.out = broadcast_object_list([find_out(args) if main_process else None])[0]
+    # One folder for all processes, as the main one names it. Options are compared with those of the other processes and
+    # of a run to resume before anything is loaded.
+    check_same_options(args, prompts, heldout)
+    options, lock = claim_folder(args, accelerator, prompts, heldout)
     if main_process:
-        options = options_to_keep(args, prompts, heldout)
         print(describe(args, prompts, heldout), flush=True)
     run = prepare(args, accelerator, load_policy, shape, prompts, heldout)
 
-    # The folder is made once everything has been loaded, so that a start that fails leaves nothing behind.
-    if main_process and args.resume is None:
-        run.out.mkdir(parents=True, exist_ok=True)
-        (run.out / ".options").write_text(options)
-        os.replace(run.out / ".options", run.out / "options.json")
-    accelerator.wait_for_everyone()
+    # The model is known by some values of each weight: with other weights under the same name a run would not go on.
+    fingerprint, error = run.policy.fingerprint, None
+    if options.setdefault("sha256-of-model", fingerprint) != fingerprint:
+        error = f"--resume: the weights of --model {args.model} are not those that the run began with"
+    together(error, ValueError)
+    run.identity = options["run"]
+    try:
+        if main_process and args.resume is None:
+            lock = make_folder(run, options)
+        if main_process and run.iteration < args.iterations:
+            check_room(run.out, bytes_to_keep(run), f"{args.keep} checkpoints, one being written, and the model")
+    except ValueError as raised:
+        error = raised
+    together(error, ValueError)
     if not all(gather_object([(run.out / "options.json").exists()])):
         raise ValueError(f"--out {run.out} must be a folder that all processes share")
 
-    # All processes load the checkpoint that the main one sees last.
-    last = broadcast_object_list([["", *map(str, checkpoints(run.out))][-1]])[0]
-    if args.resume is not None and last:
-        load_checkpoint(run, Path(last))
+    # All processes load the checkpoint that the main one found whole.
+    if args.resume is not None:
+        resume(run, options)
     train(run)
 
     # The averaged weights, where EMA is on, are the trained model. The main process draws and saves alone, so it needs
@@ -117,6 +228,42 @@ def main(args, load_policy, shape: tuple[int, ...], prompts: list[str], heldout:
         finish(run)
         print(json.dumps(summary(run)))
     accelerator.wait_for_everyone()  # a node that leaves early may take the others' meeting point with it
+    if lock:
+        lock.release()
+
+
+def resume(run: Run, options: dict) -> None:
+    """Go on from the newest whole checkpoint; without any, from the start.
+
+    Raises:
+        ValueError: on every process, if none is whole, or one holds what no run writes.
+    """
+    last, error = None, None
+    try:
+        if run.accelerator.is_main_process:
+            last = whole_checkpoint(run.out, run.args.iterations)
+            if last is not None:  # before anything of it is unpickled, on any process
+                check_metadata(last / ".metadata")
+            write_durably(run.out / "options.json", json.dumps(options, indent=1))
+    except (ValueError, OSError) as raised:
+        error = raised
+    together(error, ValueError)
+    last = broadcast_object_list([last])[0]
+    if last is None:
+        return
+
+    # The pictures before training are needed at the end. If they were lost, the untrained weights, which are still
+    # here, make them again.
+    lost = None
+    if run.accelerator.is_main_process:
+        try:
+            load_file(run.out / "before.safetensors")
+        except (OSError, SafetensorError) as raised:
+            lost = str(raised).splitlines()[0]
+            print(f"{run.out}/before.safetensors is lost ({lost}): its pictures are made again", file=sys.stderr)
+    if broadcast_object_list([lost])[0] is not None:
+        keep_before(run, evaluate(run)[1])
+    load_checkpoint(run, last)
 
 
 def check_processes(args, accelerator: Accelerator) -> None:

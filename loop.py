@@ -12,8 +12,11 @@ Everything random is keyed by (seed, iteration, prompt slot). So a killed run re
 for rounding the result does not depend on the number of processes. Direction of time: as in sde.py.
 """
 
+import os
 import resource
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from tqdm import tqdm
 import rewards as R
 from branchgrpo import (
     Edges,
+    NonFinite,
     Rollout,
     credit,
     flatten_edges,
@@ -38,6 +42,8 @@ from branchgrpo import (
     update,
 )
 from checkpoint import Log, Run, save_checkpoint
+from disk import sync
+from parallel import together
 from prompts import own_prompts
 from schedules import schedule_of
 from tree import EQUAL, Forest, count, effective_leaves
@@ -46,21 +52,24 @@ EVAL_KEY = 2**31  # keys the held-out noises; the same for every seed, so runs a
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
-def score(run: Run, pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """`rewards.score` of this process's pictures.
+def score(run: Run, latents: Tensor, pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """`rewards.score` of this process's pictures, if they are numbers at all.
+
+    Args:
+        latents: that the pictures were decoded from.
 
     Raises:
-        CannotScore: on every process at once: one that stopped alone would leave the others waiting.
+        NonFinite: if latents or pictures are not: clamped to [0, 1] they would be scored as black pictures.
+        CannotScore: if a reward fails. Both on every process at once.
     """
+    bad = [name for name, values in (("latents", latents), ("pictures", pictures)) if not values.isfinite().all()]
+    together(f"the policy's {bad[0]} are not finite: they cannot be scored" if bad else None, NonFinite)
     scores, error = {}, None
     try:
         scores = R.score(run.rewards, pictures, prompts)
     except R.CannotScore as raised:
-        error = str(raised)
-
-    # Every process learns of every error, whoever had it.
-    for message in filter(None, gather_object([error])):
-        raise R.CannotScore(message)
+        error = raised
+    together(error, R.CannotScore)
     return scores
 
 
@@ -87,7 +96,7 @@ def generate(run: Run, numbers: range) -> tuple[list[str], dict[str, Tensor], Te
         run.ema.restore(run.policy.trainable())
 
     pictures = run.policy.decode(latents)
-    return prompts, score(run, pictures, prompts), pictures
+    return prompts, score(run, latents, pictures, prompts), pictures
 
 
 def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
@@ -178,7 +187,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     # 3. Decode the leaves and score them; the leaves of a prompt are adjacent.
     pictures = policy.decode(out.latents[-1].flatten(0, 1))
     row["seconds_decode"] = lap()
-    scores = score(run, pictures, [p for p in prompts for _ in range(forest.leaves)])
+    scores = score(run, out.latents[-1], pictures, [p for p in prompts for _ in range(forest.leaves)])
     row["seconds_reward"] = lap()
 
     # 4. Credit every edge from the leaves below it, then choose the edges to train.
@@ -228,21 +237,42 @@ def rollout_metrics(run: Run, out: Rollout, forest: Forest, keep, leaf_rewards: 
 
 
 # ------------------------------------------------------------------------------------------------------------- training
+class Stopped(Exception):
+    """SIGTERM came: a checkpoint was written after the iteration that it came in."""
+
+
+class Terminator:
+    """Notes SIGTERM, which clusters send before they kill, so that the iteration can be finished and kept."""
+
+    def __init__(self, accelerator):
+        self.accelerator, self.asked = accelerator, False
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to it alone
+            signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number, frame) -> None:
+        """The signal's handler."""
+        self.asked = True
+
+    def came(self) -> bool:
+        """Whether it came to any process: all must stop after the same iteration."""
+        return any(gather_object([self.asked]))
+
+
 def train(run: Run) -> None:
     """All iterations that are left; evaluates first, at every --eval-every, and last; saves at --save-every and last.
 
     Raises:
         NonFinite, CannotScore: the run stops; the last good checkpoint stays.
+        Stopped: after SIGTERM, with a checkpoint of the iteration that it came in.
     """
-    args, log = run.args, Log(run)
+    args, log, terminator = run.args, Log(run), Terminator(run.accelerator)
 
     # A run that begins is evaluated untrained, and its pictures are kept for before_after.png.
     if not run.history:
         lap = stopwatch(run.accelerator.device)
         scores, run.pictures = evaluate(run)
         log.write({"iteration": 0, **scores, "seconds_eval": lap()}, strip(run.pictures))
-        if log.main:
-            save_file({"pictures": run.pictures.contiguous()}, run.out / "before.safetensors")
+        keep_before(run, run.pictures)
 
     bar = tqdm(total=args.iterations, initial=run.iteration, desc=args.method, file=sys.stderr, disable=not log.main)
     heldout = [row["heldout_reward"] for row in run.history if "heldout_reward" in row][-1]
@@ -261,8 +291,11 @@ def train(run: Run) -> None:
 
         # The row is written before the checkpoint, which keeps all rows up to its iteration.
         log.write(row, pictures, histograms)
-        if last or run.iteration % args.save_every == 0:
+        stopped = terminator.came()
+        if last or stopped or run.iteration % args.save_every == 0:
             save_checkpoint(run)
+        if stopped and not last:
+            raise Stopped
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{heldout:.3f}")
         bar.update()
     bar.close()
@@ -271,6 +304,16 @@ def train(run: Run) -> None:
         log.tracker.finish()
     if run.pictures is None:  # a finished run, resumed
         run.pictures = evaluate(run)[1]
+
+
+def keep_before(run: Run, pictures: Tensor) -> None:
+    """Write the pictures of the untrained policy, durably: they are needed at the end."""
+    if run.accelerator.is_main_process:
+        unfinished = run.out / ".before.safetensors.writing"
+        save_file({"pictures": pictures.contiguous()}, unfinished)
+        sync(unfinished)
+        os.replace(unfinished, run.out / "before.safetensors")
+        sync(run.out)
 
 
 def warn_without_spread(run: Run, row: dict) -> None:

@@ -36,6 +36,12 @@ from policy import Policy
 PIXELS_PER_DECODE = 2**17
 
 
+def in_unit_range(decoded: Tensor) -> Tensor:
+    """What a VAE decodes, about [-1, 1], as [0, 1]. What is not finite becomes NaN; infinity clamped would be white."""
+    x = decoded / 2 + 0.5
+    return x.clamp(0, 1) + 0 * x  # 0 times infinity is NaN
+
+
 def check_size(height: int, width: int, multiple: int) -> None:
     """Refuse a size that tokens cannot tile: both sides must be positive multiples of what one token covers.
 
@@ -138,7 +144,7 @@ class FluxPolicy(Policy):
             # The transformer was trained on (z - shift) * scale, which has about mean 0 and variance 1: undo it. The
             # VAE answers in [-1, 1].
             z = z / vae.config.scaling_factor + vae.config.shift_factor
-            pictures.append((vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1).cpu())
+            pictures.append(in_unit_range(vae.decode(z.to(vae.dtype)).sample.float()).cpu())
         return torch.cat(pictures)
 
 
@@ -235,5 +241,5 @@ class WanPolicy(Policy):
         for latents in x.split(micro_batch):
             z = latents.to(self.device) * std + mean
             video = vae.decode(z.to(vae.dtype)).sample.float()  # (b, 3, F, H, W) in [-1, 1]
-            videos.append((video / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu())
+            videos.append(in_unit_range(video).transpose(1, 2).cpu())
         return torch.cat(videos)

@@ -17,12 +17,15 @@ the file was cut. Optimiser and EMA are stored by the names of their parameters 
 a piece that is the whole. Random numbers need no state: they are keyed by (seed, iteration, prompt).
 """
 
+import pickle
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -105,6 +108,15 @@ def unshard(transformer: nn.Module, main_process: bool, dtype: torch.dtype) -> n
     return plain.to(next(transformer.parameters()).device).eval()
 
 
+def together(message, kind: type[Exception]) -> None:
+    """Raise on every process what one of them met; every process must call it, with its message or None.
+
+    One that stopped alone would leave the others waiting for it in the next reduction.
+    """
+    for text in filter(None, gather_object([None if message is None else str(message)])):
+        raise kind(text)
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 def state(run) -> dict:
     """What a checkpoint keeps of a Run: trained weights, optimiser and EMA, all by the names of the parameters.
@@ -136,6 +148,57 @@ def save(run, folder: Path) -> None:
         save_file(weights, folder / "trainable.safetensors")
 
 
+class HarmlessUnpickler(pickle.Unpickler):
+    """Makes nothing but what torch.distributed.checkpoint's own .metadata consists of.
+
+    A pickle may name any function, and reading it calls that function. So a checkpoint from somebody else could run
+    anything here.
+    """
+
+    CLASSES = {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        *(("pathlib", name) for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+        *(("torch.distributed.checkpoint.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+        *(("torch.distributed.checkpoint.metadata", f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
+        *(("torch.distributed.checkpoint.metadata", name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+    }
+
+    def find_class(self, module: str, name: str):
+        """The class that a pickle asks for, if it is one of CLASSES or a dtype of torch."""
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or (module, name) in self.CLASSES:
+            return super().find_class(module, name)
+        raise ValueError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def check_metadata(path: Path) -> None:
+    """Read a checkpoint's .metadata harmlessly, before torch reads it with all that pickle can do.
+
+    Raises:
+        ValueError: if it holds anything that no checkpoint needs, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            HarmlessUnpickler(file).load()
+    except Exception as error:  # on garbage a pickle raises nearly anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is not what a run writes ({reason}): it was not loaded") from error
+
+
+class SafePlanner(dcp.DefaultLoadPlanner):
+    """Loads what is no tensor, such as the optimiser's settings, as data: torch's own would run a pickle's code."""
+
+    def load_bytes(self, read_item, value) -> None:
+        """Put one such value in its place."""
+        loaded = torch.load(value, weights_only=True)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
+        else:
+            self.state_dict[read_item.dest_index.fqn] = loaded
+
+
 def load(run, folder: Path) -> None:
     """Restore what `save` wrote, on any number of processes.
 
@@ -144,7 +207,8 @@ def load(run, folder: Path) -> None:
     # Tensors are loaded in place, which suffices for weights and EMA. Numbers cannot be: the optimiser's settings and
     # the EMA's step are handed over.
     tensors = state(run)
-    dcp.load(tensors, checkpoint_id=folder)
+    check_metadata(folder / ".metadata")
+    dcp.load(tensors, checkpoint_id=folder, planner=SafePlanner())
     set_optimizer_state_dict(run.policy.pipe.transformer, run.optimizer.optimizer, tensors["optimizer"])
     if run.ema:
         run.ema.optimization_step = tensors["ema"]["step"]

@@ -36,6 +36,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import socket
 import sys
 from functools import cached_property
@@ -153,6 +154,7 @@ class Policy:
     ):
         self.pipe, self.device, self.autocast, self.lora = pipe, torch.device(device), autocast, lora
         self.transformer = pipe.transformer
+        self.fingerprint = hashlib.sha256("".join(samples(pipe.transformer) + samples(pipe.vae)).encode()).hexdigest()
         pipe.set_progress_bar_config(disable=True)
 
         # 1. Switches that diffusers offers. Slicing decodes the pictures of a batch one by one.
@@ -290,9 +292,7 @@ class Policy:
         words = [type(self).__name__, str(self.text_length), str(self.guided)]
         for name, encoder in sorted(self.pipe.components.items()):
             if name.startswith("text_encoder") and encoder:
-                for weight in encoder.parameters():
-                    sample = weight.flatten()[:: max(1, weight.numel() // 16)].float().cpu()
-                    words += [str(weight.dtype), sample.numpy().tobytes().hex()]
+                words += samples(encoder)
         return "\n".join(words)
 
     @staticmethod
@@ -322,17 +322,36 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write what diffusers loads: a whole pipeline, or with LoRA a file for `pipe.load_lora_weights(folder)`.
 
-        The file of a LoRA carries its rank and alpha, or diffusers would assume alpha = rank and halve its effect.
+        The file of a LoRA carries its rank and alpha, or diffusers would assume alpha = rank and halve its effect. A
+        pipeline has one dtype, that of --dtype: from float32 master weights beside bf16 encoders diffusers could not
+        sample. It is written beside and renamed, so that a half-written model never has the good name.
         """
+        unfinished = folder.with_name(f".{folder.name}.writing")
+        shutil.rmtree(unfinished, ignore_errors=True)
         if self.lora:
             model = self.pipe.transformer
             weights, rank_and_alpha = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
-            self.pipeline_class.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=rank_and_alpha)
+            self.pipeline_class.save_lora_weights(unfinished, weights, transformer_lora_adapter_metadata=rank_and_alpha)
         else:
-            self.pipe.save_pretrained(folder)
+            dtype = torch.bfloat16 if self.autocast else torch.float32
+            for component in self.pipe.components.values():
+                if isinstance(component, torch.nn.Module):
+                    torch.nn.Module.to(component, dtype)  # diffusers' own warns at each call
+            self.pipe.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
+def samples(module: torch.nn.Module) -> list[str]:
+    """About sixteen values of each weight, by which other weights of the same shape are told apart."""
+    words = []
+    for weight in module.parameters():
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 16)].float().cpu()
+        words += [str(weight.dtype), sample.numpy().tobytes().hex()]
+    return words
+
+
 def check_pipeline(model: str, pipeline_class: type) -> None:
     """Look at a checkpoint's index, before anything of it is loaded.
 

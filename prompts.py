@@ -19,25 +19,145 @@ Together the first update sees the slots 0, 1 and the second 2, 3, as one proces
 process took a block (0, 1 and 2, 3), the first update would see 0, 2, and the result would depend on R.
 """
 
+import csv
 import json
+import os
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 from accelerate import Accelerator
 
-
 # ------------------------------------------------------------------------------------------------------------ reading
-def column_of(table: datasets.Dataset, column: str) -> list[str]:
-    """A column of a data set.
+CHAT = {"role", "content"}  # the keys of one chat message
+
+
+def short(text: str, length: int = 60) -> str:
+    """A prompt as messages show it: quoted, and cut where it is long."""
+    return repr(text if len(text) <= length else text[: length - 3] + "...")
+
+
+def lines_of(path: Path) -> list[str]:
+    """A text file, one prompt per line."""
+    return path.read_text(encoding="utf-8-sig").splitlines()
+
+
+def json_of(path: Path) -> list:
+    """A list of prompts or records, an object of records by id, or an object of columns.
 
     Raises:
-        KeyError: if there is none of this name.
+        ValueError: for any other object: its keys would be taken for prompts.
     """
-    if column not in table.column_names:
+    value = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(value, list):
+        return value
+    entries = list(value.values()) if isinstance(value, dict) else []
+
+    # {"000000": {"prompt": ...}, "000001": {...}}: the records, whatever they are called.
+    if entries and all(isinstance(entry, dict) for entry in entries):
+        return entries
+
+    # {"prompt": [...], "category": [...]}: one record for each row of the columns.
+    if entries and all(isinstance(entry, list) and len(entry) == len(entries[0]) for entry in entries):
+        return [dict(zip(value, row)) for row in zip(*entries)]
+    raise ValueError("it must hold a list of prompts or of records, an object of records, or one of equal columns")
+
+
+def json_lines_of(path: Path) -> list:
+    """One JSON value per line, blank lines apart."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is no JSON: {error}") from error
+    return rows
+
+
+def table_of(path: Path) -> list[dict]:
+    """A table whose first row names the columns, separated by commas, or in .tsv by tabs."""
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file, delimiter=separator))
+
+
+def parquet_of(path: Path) -> list[dict]:
+    """A parquet table."""
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+READERS: dict[str, Callable[[Path], list]] = {  # ending, in any case -> rows: prompts or records
+    ".txt": lines_of,
+    ".json": json_of,
+    ".jsonl": json_lines_of,
+    ".csv": table_of,
+    ".tsv": table_of,
+    ".parquet": parquet_of,
+}
+
+
+def field_of(row: dict, column: str):
+    """The field of a record. A dotted column reaches into it: "info.text" of {"info": {"text": "a cat"}} is "a cat".
+
+    Raises:
+        KeyError: if there is none of this name. Its case does not count, since some tables are headed "Prompt".
+    """
+    if column in row:
+        return row[column]
+    first, _, rest = column.partition(".")
+    names = [name for name in row if isinstance(name, str) and name.lower() == first.lower()]
+    if len(names) != 1:
         raise KeyError(column)
-    return table[column]
+    value = row[names[0]]
+    if not rest:
+        return value
+    if not isinstance(value, dict):
+        raise KeyError(column)
+    return field_of(value, rest)
+
+
+def text_of(value, column: str) -> str | None:
+    """The prompt in a field: text as it is, of chat messages what the user said last; None where there is nothing.
+
+    Raises:
+        ValueError: if the field holds no text: a list of numbers, say, would be trained on as Python prints it.
+    """
+    if value is None or isinstance(value, str):
+        return value
+
+    # [{"role": "system", "content": ...}, {"role": "user", "content": text, or parts of which some are text}]
+    if isinstance(value, list) and value and all(isinstance(m, dict) and m.keys() >= CHAT for m in value):
+        said = [message["content"] for message in value if message["role"] == "user"]
+        if said and isinstance(said[-1], list):
+            return " ".join(part["text"] for part in said[-1] if isinstance(part, dict) and "text" in part)
+        return text_of(said[-1], column) if said else None
+    kind = {list: "lists", dict: "records"}.get(type(value), "numbers")
+    raise ValueError(f"the column {column!r} holds {kind}, not text")
+
+
+def rows_of(path: str, column: str) -> list:
+    """What a file or a data set of the hub holds: prompts, or records that hold one each.
+
+    Raises:
+        ValueError: if its ending is not known; what the libraries raise where its content cannot be read.
+    """
+    # hub:NAME:SPLIT. NAME holds no colon, and without a second one SPLIT is empty. Of a wide table only one column is
+    # read: others may hold pictures.
+    if path.startswith("hub:"):
+        name, _, split = path.removeprefix("hub:").partition(":")
+        table = datasets.load_dataset(name, split=split or "train")
+        first = column.partition(".")[0]
+        return list(table.select_columns([first])) if first in table.column_names else list(table.select(range(1)))
+
+    reader = READERS.get(Path(path).suffix.lower())
+    if reader is None:
+        raise ValueError(f"its ending is none of {', '.join(READERS)}")
+    return reader(Path(path))
 
 
 def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
@@ -45,45 +165,37 @@ def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
 
     Args:
         path: one of
-            a text file, with one prompt per line;
-            .json, a list of prompts, or of records that hold one each, as HPDv2 has them;
-            .jsonl, .csv or .parquet, a table;
+            .txt, one prompt per line;
+            .json, a list of prompts or of records, as HPDv2 has them, an object of records, or one of columns;
+            .jsonl, one record per line; .csv, .tsv and .parquet, a table;
             hub:NAME or hub:NAME:SPLIT, a data set of the hub, by default its split `train`.
         flag: the flag that named the path, for errors.
-        column: the field of a record, or the column of a table, that holds the prompt.
+        column: the field of a record, or the column of a table, that holds the prompt; dotted, one inside it.
 
     Raises:
-        ValueError: if the path is missing, cannot be read, lacks the column or holds no prompt.
+        ValueError: one sentence, if the path is missing, cannot be read, lacks the column or holds no prompt.
     """
     try:
-        # hub:NAME:SPLIT. NAME holds no colon, and without a second one SPLIT is empty.
-        if path.startswith("hub:"):
-            name, _, split = path.removeprefix("hub:").partition(":")
-            rows = column_of(datasets.load_dataset(name, split=split or "train"), column)
-
-        # A table. The library calls its readers by the ending, but for .jsonl, which its reader "json" takes.
-        elif path.endswith((".jsonl", ".csv", ".parquet")):
-            ending = path.rsplit(".")[-1]
-            reader = {"jsonl": "json"}.get(ending, ending)
-            rows = column_of(datasets.load_dataset(reader, data_files=path, split="train"), column)
-
-        # A list of prompts, or of records. The former is no table, so it is read without the library.
-        elif path.endswith(".json"):
-            rows = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows = [row if isinstance(row, str) else row[column] for row in rows]
-
-        else:
-            rows = Path(path).read_text(encoding="utf-8").splitlines()
-
-    # KeyError: no such column. TypeError: an entry of the .json is neither a prompt nor a record.
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{flag} {path} has no column {column!r}: name it with --prompt-column") from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        rows = rows_of(path, column)
+    except (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{flag} {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+    # A record is asked for its column; the columns that there are help where it has none of this name.
+    texts = []
+    for row in rows:
+        try:
+            texts.append(text_of(field_of(row, column) if isinstance(row, dict) else row, column))
+        except KeyError as error:
+            names = ", ".join(str(name) for name in row)
+            raise ValueError(
+                f"{flag} {path} has no column {column!r}, only {names}: name one with --prompt-column"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{flag} {path}: {error}; name another with --prompt-column") from error
 
     # Spaces at the ends do not count. A dictionary keeps the first of equal prompts, and the order: "a ", "", "b", "a"
     # become "a", "b". A repeat would be drawn twice per epoch, and could be trained on and held out at once.
-    prompts = list(dict.fromkeys(filter(None, (str(row).strip() for row in rows if row is not None))))
+    prompts = list(dict.fromkeys(filter(None, (text.strip() for text in texts if text is not None))))
     if not prompts:
         raise ValueError(f"{flag} {path} holds no prompt")
     return prompts
@@ -93,11 +205,11 @@ def load_prompts(args, train: str, heldout: str) -> tuple[list[str], list[str]]:
     """The prompts to train on and the held-out ones. With --plan both are empty: arithmetic needs none.
 
     Args:
-        args: the flags --prompts, --eval-prompts, --prompt-column and --plan.
+        args: the flags --prompts, --eval-prompts, --prompt-column, --iterations and --plan.
         train, heldout: the embedded files; they serve where --prompts is not given.
 
     Raises:
-        ValueError: if a file cannot be used, or a prompt stands in both.
+        ValueError: if a file cannot be used, or no prompt is left to train on.
     """
     if args.plan:
         return [], []
@@ -116,9 +228,16 @@ def load_prompts(args, train: str, heldout: str) -> tuple[list[str], list[str]]:
     if not prompts:
         raise ValueError(f"--prompts {args.prompts} needs at least two prompts, or --eval-prompts beside it")
 
-    # A held-out prompt that is trained on would measure memory.
-    if shared := set(prompts) & set(held_out):
-        raise ValueError(f"{len(shared)} held-out prompts are also trained on, such as {sorted(shared)[0]!r}")
+    # A held-out prompt that is trained on would measure memory, so it leaves training. Without training, let it be.
+    unseen = set(held_out)
+    shared = [prompt for prompt in prompts if prompt in unseen] if args.iterations else []
+    if shared:
+        prompts = [prompt for prompt in prompts if prompt not in unseen]
+        what = f"{len(shared)} of the prompts are also held out, such as {short(shared[0])}"
+        if not prompts:
+            raise ValueError(f"{what}: none is left to train on")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"{what}: they are not trained on, {len(prompts)} are left", file=sys.stderr)
     return prompts, held_out
 
 

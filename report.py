@@ -7,6 +7,7 @@
 Videos are drawn as strips of their frames, and played in before_after.mp4 and before_after.gif.
 """
 
+import sys
 import textwrap
 from itertools import cycle
 from pathlib import Path
@@ -22,12 +23,14 @@ import torch.nn.functional as F
 from matplotlib.collections import LineCollection
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 import loop
 import rewards as R
 from branchgrpo import generators, prune, rollout
+from disk import cannot_write
 from schedules import schedule_of
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito: safe for colour-blind readers
@@ -36,19 +39,32 @@ TREE_KEY = 2**31 + 1  # noise of the drawn tree
 
 def write(run) -> None:
     """Write the model, where it was trained, into OUT/model, and the three pictures into the run's folder."""
-    # The model first: a picture that fails must not cost it.
+    # The model first, then the pictures, each by itself: one that fails costs neither the model nor the others.
     if run.iteration:
-        run.policy.save(run.out / "model")
+        try:
+            run.policy.save(run.out / "model")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise cannot_write(run.out / "model", error) from error
 
     # The same prompts and noises before and after; videos, shown as strips of nine frames, are three times as wide.
     before = load_file(run.out / "before.safetensors")["pictures"]
     prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
     columns = 6 if before.ndim == 4 else 2
-    before_after(loop.strip(before, 9), loop.strip(run.pictures, 9), prompts, run.out / "before_after.png", columns)
+    pairs = (loop.strip(before, 9), loop.strip(run.pictures, 9), prompts)
+    attempt(before_after, *pairs, run.out / "before_after.png", columns)
     if before.ndim == 5:
-        play(before, run.pictures, prompts, run.out / "before_after")
-    curves(run.history, run.out / "curves.png")
-    tree(run, run.out / "tree.png")
+        attempt(play, before, run.pictures, prompts, run.out / "before_after")
+    attempt(curves, run.history, run.out / "curves.png")
+    attempt(tree, run, run.out / "tree.png")
+
+
+def attempt(draw, *args) -> None:
+    """Draw one thing; if that fails, whatever the reason, it is one warning at the end of a run that went well."""
+    try:
+        draw(*args)
+    except Exception as error:
+        print(f"warning: {draw.__name__} was not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+        plt.close("all")
 
 
 def to_image(picture: Tensor) -> np.ndarray:
@@ -78,7 +94,7 @@ def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, 
             ax.spines[:].set_color(colour)
             if column == 0:
                 ax.set_ylabel(("before", "after")[k], color=colour)
-        axes[2 * row, column].set_title("\n".join(textwrap.wrap(prompt, 30)[:3]), fontsize=9)
+        axes[2 * row, column].set_title("\n".join(textwrap.wrap(prompt, 30)[:3]), fontsize=9, parse_math=False)
     fig.suptitle("Held-out prompts, the same noise, before and after")
     fig.savefig(path, dpi=100)
     plt.close(fig)

@@ -26,10 +26,12 @@ import argparse
 import io
 import json
 import re
+import traceback
 import unicodedata
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import cv2
 import imageio.v2 as imageio
@@ -64,16 +66,27 @@ def sampled_frames(videos: Tensor, n: int = 3) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------- ocr
+QUOTED = re.compile(  # a text in quotes, of any kind that people type
+    r"""
+      "([^"]+)" | “([^”]+)” | „([^“”]+)[“”] | «([^»]+)» | 「([^」]+)」 | ‘([^’]+)’(?!\w)
+    | (?<!\w)'((?:[^']|(?<=\w)'(?=\w))+)'(?!\w)   # 'OPEN' and 'DON'T', but not the dog's and the dogs'
+    """,
+    re.VERBOSE,
+)
+
+
 def quoted_text(prompt: str) -> str:
-    """The text that the prompt asks for: what stands between its first pair of double quotes.
+    """The text that the prompt asks for: what stands between its first pair of quotes, "..." or any other kind.
 
     Raises:
-        CannotScore: if nothing is quoted.
+        CannotScore: if nothing is quoted, or only spaces are.
     """
-    quotation = re.search(r'"([^"]+)"', prompt)
-    if not quotation:
-        raise CannotScore(f'the ocr reward needs a quoted text, as in red "CAT"; the prompt {prompt!r} has none')
-    return quotation[1]
+    match = QUOTED.search(prompt)
+    text = next(filter(None, match.groups())) if match else ""
+    if not normalise(text):
+        need = 'the ocr reward needs a quoted text, as in red "CAT"'
+        raise CannotScore(f"{need}; the prompt {prompt!r} has none")
+    return text
 
 
 def normalise(text: str) -> str:
@@ -153,7 +166,7 @@ def wanted_colour(prompt: str) -> Tensor:
         CannotScore: if the prompt names no colour.
     """
     # A word to be drawn may be a colour itself: '"BLUE" in red' asks for red.
-    for word in re.findall(r"[a-z]+", re.sub(r'"[^"]*"', " ", prompt.lower())):
+    for word in re.findall(r"[a-z]+", QUOTED.sub(" ", prompt.lower())):
         if word in ImageColor.colormap:
             return torch.tensor(ImageColor.getrgb(word)) / 255
     raise CannotScore(f'the colour reward needs a colour word, as in red "CAT"; the prompt {prompt!r} has none')
@@ -364,6 +377,9 @@ CHECKS: dict[str, Callable[[str], object]] = {
 VIDEO = ("motion", "temporal", *PARTS)
 
 
+OURS = frozenset(REWARDS)  # rewards that are here from the start, and change nothing that they are given
+
+
 def parse_weights(text: str) -> dict[str, float]:
     """'ocr:1,jpeg:0.1' -> {'ocr': 1.0, 'jpeg': 0.1}; a missing weight is 1.
 
@@ -425,15 +441,28 @@ def load_rewards(
     names = list(dict.fromkeys([*weights, *watched]))  # a reward that is optimised and watched stands once
 
     # The quick checks come first: all prompts, then all files, before the first model is read.
+    flags = {name: f"--reward {name}" if name in weights else f"--watch {name}" for name in names}
     for name in names:
-        for prompt in prompts:
-            CHECKS.get(name, str)(prompt)
+        try:
+            for prompt in prompts:
+                CHECKS.get(name, str)(prompt)
+        except CannotScore as error:
+            raise CannotScore(f"{flags[name]}: {error}") from error
     for name in names:
         weight_files(name, setup)
 
-    # Load, and score once: an error in the first scoring would else come after the first rollout.
-    rewards = {name: REWARDS[name](setup) for name in names}
-    score(rewards, blank, prompts[:1])
+    # Load, and score once: an error in the first scoring would else come after the first rollout. What nobody asked for
+    # and cannot score pictures of this size, or so few frames, is left out.
+    rewards = {}
+    for name in names:
+        reward_of_name = REWARDS[name](setup)
+        try:
+            score({name: reward_of_name}, blank, prompts[:1])
+        except CannotScore as error:
+            if watch == "auto" and name not in weights:
+                continue
+            raise CannotScore(f"{flags[name]}: {error}") from error
+        rewards[name] = reward_of_name
     return rewards, weights
 
 
@@ -446,7 +475,7 @@ def score(rewards: dict[str, Reward], pictures: Tensor, prompts: list[str]) -> d
         prompts: B strings.
 
     Raises:
-        CannotScore: if a reward returns a wrong shape, or a value that is not finite.
+        CannotScore: if a reward raises, or returns a wrong shape or what is no finite number; it names the reward.
     """
     scores = {}
     for name, reward in rewards.items():
@@ -455,15 +484,42 @@ def score(rewards: dict[str, Reward], pictures: Tensor, prompts: list[str]) -> d
         if pictures.ndim == 5 and name not in VIDEO:
             frames = sampled_frames(pictures).flatten(0, 1)  # (3 B, 3, H, W)
             frame_prompts = [prompt for prompt in prompts for _ in range(3)]
-            scores[name] = reward(frames, frame_prompts).float().view(-1, 3).mean(1)
+            scores[name] = ask(name, reward, frames, frame_prompts).view(-1, 3).mean(1)
         else:
-            scores[name] = reward(pictures, prompts).float()
+            scores[name] = ask(name, reward, pictures, prompts)
+    return scores
+
+
+def ask(name: str, reward: Reward, pictures: Tensor, prompts: list[str]) -> Tensor:
+    """One reward's scores, (B,) float32 on the CPU, whatever it does and returns.
+
+    A reward is a user's code. It gets pictures and prompts of its own, so that one which normalises in place does not
+    turn the next one's pictures black. (Ours share them: VideoAlign knows by them that it has just rated these videos.)
+
+    Raises:
+        CannotScore: naming the reward, and the place in its code where it failed.
+    """
+    own = pictures if name in OURS else pictures.clone()
+    try:
+        values = reward(own, list(prompts))
+        if not isinstance(values, Tensor):
+            values = torch.as_tensor(np.asarray(values))
+        if values.is_complex() or values.dtype == torch.bool:
+            raise TypeError(f"it returned values of {values.dtype}")
+    except CannotScore:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        message = f"the reward {name!r} failed at {place}: {type(error).__name__}: {error}"
+        raise CannotScore(message) from error
 
     # One nan would spoil the mean and the spread of its whole prompt (Eq. 4), and so all weights.
-    for name, values in scores.items():
-        if values.shape != (len(prompts),) or not values.isfinite().all():
-            raise CannotScore(f"the reward {name!r} must return {len(prompts)} finite numbers, got {values}")
-    return scores
+    values = values.detach().float().cpu()
+    if values.shape != (len(prompts),) or not values.isfinite().all():
+        shown = values if values.numel() <= 8 else f"a tensor of shape {tuple(values.shape)}"
+        raise CannotScore(f"the reward {name!r} must return {len(prompts)} finite numbers, got {shown}")
+    return values
 
 
 def weighted_sum(scores: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

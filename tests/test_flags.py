@@ -1,103 +1,16 @@
-"""Prompts from every kind of file and from the hub, the tracker, and what is refused."""
+"""The command line: defaults and where they come from, the tracker, and what is refused."""
 
 import json
 import sys
-import time
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
-import datasets
 import pytest
 
 import flags
 import train_image
-from prompts import load_prompts, read_prompts
 
 SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 4 --iterations 1"
-PROMPTS = ["a cat", "a dog", "a red  bicycle", "a cat", " ", "ein Löwe"]
-WANTED = ["a cat", "a dog", "a red  bicycle", "ein Löwe"]
-
-
-def written(folder, kind: str) -> str:
-    """PROMPTS as a file of one kind."""
-    path = folder / f"prompts.{kind}"
-    table = datasets.Dataset.from_dict({"prompt": PROMPTS, "score": list(range(6))})
-    if kind == "txt":
-        path.write_text("\n".join(PROMPTS), encoding="utf-8")
-    elif kind == "json":
-        path.write_text(json.dumps([{"prompt": p, "image_path": ["0.jpg", "1.jpg"]} for p in PROMPTS]))
-    elif kind == "jsonl":
-        table.to_json(path)
-    else:
-        getattr(table, f"to_{kind}")(path)
-    return str(path)
-
-
-@pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "parquet"])
-def test_prompts_are_read_without_blanks_and_repeats(tmp_path, kind):
-    assert read_prompts(written(tmp_path, kind), "--prompts") == WANTED
-
-
-def test_a_list_of_prompts_and_another_column(tmp_path):
-    path = tmp_path / "anime.json"  # as HPDv2's benchmark
-    path.write_text(json.dumps(PROMPTS))
-    assert read_prompts(str(path), "--prompts") == WANTED
-    path.write_text(json.dumps([{"caption": p} for p in PROMPTS]))
-    assert read_prompts(str(path), "--prompts", "caption") == WANTED
-
-
-def test_a_data_set_of_the_hub(monkeypatch):
-    requests = []
-
-    def load_dataset(name, split):
-        requests.append((name, split))
-        return datasets.Dataset.from_dict({"prompt": PROMPTS})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_prompts("hub:a/b", "--prompts") == read_prompts("hub:a/b:test", "--prompts") == WANTED
-    assert requests == [("a/b", "train"), ("a/b", "test")]
-
-
-def test_a_data_set_that_is_a_script(monkeypatch):
-    def load_dataset(name, split):
-        raise RuntimeError("Dataset scripts are no longer supported, but found HPDv2.py")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="--prompts hub:ymhao/HPDv2 cannot be read: Dataset scripts"):
-        read_prompts("hub:ymhao/HPDv2", "--prompts")
-
-
-def test_the_held_out_tenth_of_a_sorted_file_is_of_all_kinds(tmp_path):
-    path = tmp_path / "sorted.txt"
-    path.write_text("\n".join(f"{kind} {i}" for kind in "abcd" for i in range(50)))
-    args = SimpleNamespace(prompts=str(path), eval_prompts=None, prompt_column="prompt", plan=None)
-    prompts, heldout = load_prompts(args, "", "")
-    assert {p[0] for p in heldout} == set("abcd") and len(heldout) == 20 and not set(prompts) & set(heldout)
-    assert (prompts, heldout) == load_prompts(args, "", "")  # always the same
-
-
-def test_a_hundred_thousand_prompts(tmp_path):
-    path, began = tmp_path / "many.txt", time.perf_counter()
-    path.write_text("\n".join(f"prompt {i % 100_000}" for i in range(150_000)))
-    args = SimpleNamespace(prompts=str(path), eval_prompts=None, prompt_column="prompt", plan=None)
-    prompts, heldout = load_prompts(args, "", "")
-    assert (len(prompts), len(heldout)) == (90_000, 10_000) and time.perf_counter() - began < 5
-
-
-def test_prompts_that_cannot_be_read(tmp_path):
-    for name, text, words in (
-        ("a.json", "{", "cannot be read"),
-        ("a.json", '[{"text": "a"}]', "--prompt-column"),
-        ("a.parquet", "no parquet", "cannot be read"),
-        ("a.jsonl", '{"text": "a"}\n', "--prompt-column"),
-        ("a.txt", "\n \n", "holds no prompt"),
-        ("missing.csv", None, "cannot be read"),
-    ):
-        path = tmp_path / name
-        if text is not None:
-            path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            read_prompts(str(path), "--prompts")
 
 
 def test_metrics_go_to_wandb(tmp_path, monkeypatch, capsys):

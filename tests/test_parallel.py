@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from workers import CASES
+from workers import CASES, prepared_run
+
+import parallel
 
 HERE = Path(__file__).parent.parent
 SMALL = "--leaves 4 --prompts-per-iteration 2 --eval-size 5 --eval-every 2 --save-every 2 --iterations 4 --ema 0.9"
@@ -99,6 +101,13 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path):
     assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) < 3e-4
     trainable = load_file(tmp_path / "two/checkpoint-4/trainable.safetensors")
     assert all(torch.isfinite(weight).all() for weight in trainable.values())
+
+
+def test_a_checkpoint_names_averages_as_their_weights(tmp_path):
+    """Before training the EMA is a copy of the weights: under each name the same numbers."""
+    state = parallel.state(prepared_run("--ema 0.9", str(tmp_path)))
+    assert len(state["model"]) > 100 and state["ema"].keys() == state["model"].keys() | {"step"}
+    assert all(torch.equal(state["ema"][name], weight) for name, weight in state["model"].items())
 
 
 def test_fsdp_needs_processes():

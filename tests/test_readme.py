@@ -144,7 +144,7 @@ def test_lines_of_code():
 
 
 ORDER = (  # a file imports only what stands before it: nothing points upwards, and there are no circles
-    *("sde", "tree", "branchgrpo", "schedules", "prompts", "pretrained", "preference", "rewards", "parallel"),
+    *("sde", "tree", "branchgrpo", "schedules", "prompts", "pretrained", "preference", "rewards", "disk", "parallel"),
     *("policy", "models", "flags", "checkpoint", "loop", "hardware", "launch", "report", "train_image", "train_video"),
 )
 

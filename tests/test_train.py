@@ -142,7 +142,7 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, capsys, tmp_path, monkeypat
         return iterate(run_, iteration)
 
     monkeypatch.setattr(loop, "iterate", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):  # Ctrl-C is one line, exit 130
         run(capsys, "--out", out)
     monkeypatch.setattr(loop, "iterate", iterate)
 
@@ -400,7 +400,7 @@ def test_bad_prompts(capsys, tmp_path):
     assert "holds no prompt" in refused(capsys, "--prompts", file)
     file.write_text('red "CAT"\n')
     assert "at least two" in refused(capsys, "--prompts", file)
-    assert "also trained on" in refused(capsys, "--prompts", file, "--eval-prompts", file)
+    assert "none is left to train on" in refused(capsys, "--prompts", file, "--eval-prompts", file)
     file.write_text("a cat\na dog\n")
     assert "quoted text" in refused(capsys, "--prompts", file)
 
@@ -483,7 +483,7 @@ def test_an_error_of_a_library_keeps_its_traceback():
 
 def test_files_may_move_before_a_resumption_but_not_change(tmp_path):
     args = SimpleNamespace(resume=None, out=str(tmp_path), lr=1e-4, prompts="a.txt", reward_batch=32)
-    (tmp_path / "options.json").write_text(checkpoint.options_to_keep(args, ["a", "b"], ["c"]))
+    (tmp_path / "options.json").write_text(json.dumps(checkpoint.options_to_keep(args, ["a", "b"], ["c"])))
     moved = SimpleNamespace(**vars(args) | {"resume": "", "prompts": "b.txt", "reward_batch": 4})
     checkpoint.options_to_keep(moved, ["a", "b"], ["c"])
     with pytest.raises(ValueError, match="prompts"):

@@ -1,0 +1,168 @@
+"""Files that are whole or not there: durable writes, lists of files with checksums, one owner per folder, room.
+
+Idea: a run may be killed, the power may fail, a disk may fill up or flip a bit, and two runs may be started in one
+folder. None of that may cost what was good before.
+
+1. write_durably   a file appears under its name only when it is whole, and on the disk
+2. list_files, damage   what a folder held when it was written, with sizes and checksums, and what has changed since
+3. FolderLock      one process at a time owns a folder; its death frees it
+4. check_writable, check_room   what can be known before long work: may this folder be made, and is there room?
+
+Renaming is atomic, but not enough: after a power failure a renamed file can have its new name and no content. So the
+content is flushed to the disk before the rename (fsync of the file), and the rename after it (fsync of the folder).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file so that at any moment the old content or the new one is there, never a part."""
+    unfinished = path.with_name(f".{path.name}.writing")
+    unfinished.write_text(text, encoding="utf-8")
+    sync(unfinished)
+    os.replace(unfinished, path)
+    sync(path.parent)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_files(folder: Path, but: str) -> dict[str, dict]:
+    """Every file below a folder, synced: name -> its size in bytes and its checksum; `but` is the list's own name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != but)
+    for path in files:
+        sync(path)
+    names = {str(path.relative_to(folder)): path for path in files}
+    return {name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for name, path in names.items()}
+
+
+def damage(folder: Path, files: dict[str, dict]) -> str | None:
+    """What is wrong with a folder, in a few words, if it is not what `list_files` said; None if nothing is."""
+    for name, wanted in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != wanted["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {wanted['bytes']}"
+        if checksum(path) != wanted["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+class FolderLock:
+    """The only run in a folder, from its making until `release` or the death of its process.
+
+    The kernel keeps the lock (flock) and drops it with the process, so a killed run leaves nothing to clean up. The
+    file .lock stays, and says who had it last.
+
+    Raises:
+        ValueError: if another process has it, saying which.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = (folder / ".lock").open("a+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            owner = self.file.read().strip() or "another process"
+            self.file.close()
+            raise ValueError(f"--out {folder} is in use by {owner}: wait for it, or name another folder") from None
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self.file.flush()
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self.file.close()
+
+
+def check_writable(folder: Path) -> None:
+    """A folder can be made, or is there, and files can be written into it. Nothing is left behind.
+
+    Raises:
+        ValueError: one sentence, naming what stands in the way.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--out {os.fsencode(folder)!r} is not UTF-8 text, which the libraries need") from None
+
+    # The nearest thing that exists: of a/b/c that may be a. A link that points nowhere exists only as a link.
+    try:
+        nearest = folder.absolute()
+        while not os.path.lexists(nearest):
+            longest = os.pathconf(nearest.anchor, "PC_NAME_MAX")
+            if len(os.fsencode(nearest.name)) > longest:
+                raise ValueError(f"--out {folder}: a name may have {longest} bytes at most")
+            nearest = nearest.parent
+        if not nearest.exists():
+            raise ValueError(f"--out {folder}: {nearest} is a link that points nowhere")
+        if not nearest.is_dir():
+            raise ValueError(f"--out {folder}: {nearest} is a file, not a folder")
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror or error}") from error
+
+
+def check_room(folder: Path, needed: float, what: str) -> None:
+    """There is room for what will be written.
+
+    Args:
+        folder: that exists.
+        needed: bytes.
+        what: they are for.
+
+    Raises:
+        ValueError: if there is less.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        gib = f"{needed / 2**30:.2f} GiB for {what}, and {free / 2**30:.2f} are free"
+        raise ValueError(f"--out {folder} needs about {gib}: free some, or give a smaller --keep")
+
+
+def cannot_write(folder: Path, error: Exception) -> ValueError:
+    """What to raise where writing failed in the middle of a run: one sentence with the reason and the room left."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
+    room = "no space is left on its disk" if free < 0.01 else f"{free:.2f} GiB are free on its disk"
+    return ValueError(
+        f"{folder} cannot be written ({reason}); {room}. What was there before is whole: go on with --resume"
+    )
+
+
+def read_json(path: Path, what: str) -> dict:
+    """A JSON object that a run wrote.
+
+    Raises:
+        ValueError: if it is missing or damaged, with what it is needed for.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return value
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).strip() or 'it is empty'}): {what}") from error

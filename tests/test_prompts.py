@@ -1,0 +1,230 @@
+"""Prompts: every kind of file that people have, what is taken from it, and what is refused in one sentence."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import datasets
+import pytest
+
+import rewards
+from prompts import load_prompts, read_prompts
+
+PROMPTS = ["a cat", "a dog", "a red  bicycle", "a cat", " ", "ein Löwe"]
+WANTED = ["a cat", "a dog", "a red  bicycle", "ein Löwe"]
+
+
+def written(folder, kind: str) -> str:
+    """PROMPTS as a file of one kind."""
+    path = folder / f"prompts.{kind}"
+    table = datasets.Dataset.from_dict({"prompt": PROMPTS, "score": list(range(6))})
+    if kind == "txt":
+        path.write_text("\n".join(PROMPTS), encoding="utf-8")
+    elif kind == "json":
+        path.write_text(json.dumps([{"prompt": p, "image_path": ["0.jpg", "1.jpg"]} for p in PROMPTS]))
+    elif kind == "jsonl":
+        table.to_json(path)
+    elif kind == "tsv":
+        table.to_csv(path, sep="\t")
+    else:
+        getattr(table, f"to_{kind}")(path)
+    return str(path)
+
+
+def asked(prompts, eval_prompts=None, iterations=1):
+    """Options of --prompts and --eval-prompts."""
+    files = {"prompts": str(prompts), "eval_prompts": eval_prompts and str(eval_prompts)}
+    return SimpleNamespace(**files, prompt_column="prompt", plan=None, iterations=iterations)
+
+
+@pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "tsv", "parquet"])
+def test_prompts_are_read_without_blanks_and_repeats(tmp_path, kind):
+    assert read_prompts(written(tmp_path, kind), "--prompts") == WANTED
+
+
+def test_a_list_of_prompts_and_another_column(tmp_path):
+    path = tmp_path / "anime.json"  # as HPDv2's benchmark
+    path.write_text(json.dumps(PROMPTS))
+    assert read_prompts(str(path), "--prompts") == WANTED
+    path.write_text(json.dumps([{"caption": p} for p in PROMPTS]))
+    assert read_prompts(str(path), "--prompts", "caption") == WANTED
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    requests = []
+
+    def load_dataset(name, split):
+        requests.append((name, split))
+        return datasets.Dataset.from_dict({"prompt": PROMPTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_prompts("hub:a/b", "--prompts") == read_prompts("hub:a/b:test", "--prompts") == WANTED
+    assert requests == [("a/b", "train"), ("a/b", "test")]
+
+
+def test_a_data_set_that_is_a_script(monkeypatch):
+    def load_dataset(name, split):
+        raise RuntimeError("Dataset scripts are no longer supported, but found HPDv2.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="--prompts hub:ymhao/HPDv2 cannot be read: Dataset scripts"):
+        read_prompts("hub:ymhao/HPDv2", "--prompts")
+
+
+def test_the_held_out_tenth_of_a_sorted_file_is_of_all_kinds(tmp_path):
+    path = tmp_path / "sorted.txt"
+    path.write_text("\n".join(f"{kind} {i}" for kind in "abcd" for i in range(50)))
+    args = asked(path)
+    prompts, heldout = load_prompts(args, "", "")
+    assert {p[0] for p in heldout} == set("abcd") and len(heldout) == 20 and not set(prompts) & set(heldout)
+    assert (prompts, heldout) == load_prompts(args, "", "")  # always the same
+
+
+def test_a_hundred_thousand_prompts(tmp_path):
+    path, began = tmp_path / "many.txt", time.perf_counter()
+    path.write_text("\n".join(f"prompt {i % 100_000}" for i in range(150_000)))
+    args = asked(path)
+    prompts, heldout = load_prompts(args, "", "")
+    assert (len(prompts), len(heldout)) == (90_000, 10_000) and time.perf_counter() - began < 5
+
+
+def test_prompts_that_cannot_be_read(tmp_path):
+    for name, text, words in (
+        ("a.json", "{", "cannot be read"),
+        ("a.json", '[{"text": "a"}]', "--prompt-column"),
+        ("a.parquet", "no parquet", "cannot be read"),
+        ("a.jsonl", '{"text": "a"}\n', "--prompt-column"),
+        ("a.txt", "\n \n", "holds no prompt"),
+        ("missing.csv", None, "cannot be read"),
+    ):
+        path = tmp_path / name
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            read_prompts(str(path), "--prompts")
+
+
+# ------------------------------------------------------------------------------------------------ files that people have
+CHAT = [{"role": "system", "content": "Describe."}, {"role": "user", "content": 'red "CAT"'}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": 'red "CAT"'}, {"type": "image"}]}]
+FILES = {  # what it is -> name, content, column, its prompts
+    "a table with tabs": (
+        "a.tsv",
+        "Prompt\tCategory\nA red car\tVehicles\nA blue cup\tFood\n",
+        "Prompt",
+        ["A red car", "A blue cup"],
+    ),
+    "a heading in another case": ("a.csv", "Prompt,n\nA red car,1\n", "prompt", ["A red car"]),
+    "commas and lines in a cell": ("a.csv", 'prompt,n\n"a, b\nc",1\n', "prompt", ["a, b\nc"]),
+    "an ending in capitals": ("A.TXT", "a cat\n", "prompt", ["a cat"]),
+    "records by their id": ("a.json", '{"0": {"prompt": "a"}, "1": {"prompt": "b"}}', "prompt", ["a", "b"]),
+    "columns": ("a.json", '{"prompt": ["a", "b"], "n": [1, 2]}', "prompt", ["a", "b"]),
+    "chat messages": ("a.jsonl", json.dumps({"prompt": CHAT}), "prompt", ['red "CAT"']),
+    "chat messages in parts": ("a.jsonl", json.dumps({"prompt": PARTS}), "prompt", ['red "CAT"']),
+    "a column inside a column": ("a.jsonl", '{"extra_info": {"raw_prompt": "a"}}', "extra_info.raw_prompt", ["a"]),
+    "a column with a dot in its name": ("a.jsonl", '{"a.b": "c"}', "a.b", ["c"]),
+    "a folder with brackets": ("run[v2]/a.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"}\n', "prompt", ["a", "b"]),
+    "brackets around a table": ("run[v2]/a.csv", "prompt\na\n", "prompt", ["a"]),
+    "a byte-order mark": ("a.txt", "\ufeffa cat\n", "prompt", ["a cat"]),
+    "a byte-order mark before a heading": ("a.csv", "\ufeffprompt\na cat\n", "prompt", ["a cat"]),
+    "a byte-order mark before JSON": ("a.json", '\ufeff["a cat"]', "prompt", ["a cat"]),
+    "lines that end as on Windows": ("a.txt", "a cat\r\na dog\r\n", "prompt", ["a cat", "a dog"]),
+    "cells that are empty": ("a.csv", "prompt,n\n,1\na,2\n", "prompt", ["a"]),
+}
+REFUSED = {  # what it is -> name, content, column, words of the one sentence
+    "an unknown ending": (
+        "a.yaml",
+        "- a cat\n",
+        "prompt",
+        "its ending is none of .txt, .json, .jsonl, .csv, .tsv, .parquet",
+    ),
+    "no ending": ("prompts", "a cat\n", "prompt", "its ending is none of"),
+    "a column of lists": ("a.jsonl", '{"prompt": ["a", "b"]}', "prompt", "the column 'prompt' holds lists, not text"),
+    "a column of records": ("a.jsonl", '{"prompt": {"en": "a"}}', "prompt", "holds records, not text"),
+    "a column of numbers": ("a.jsonl", '{"prompt": 3}', "prompt", "holds numbers, not text"),
+    "no such column": ("a.csv", "text,n\na,1\n", "prompt", "has no column 'prompt', only text, n: name one"),
+    "no such column inside": ("a.jsonl", '{"info": {"x": 1}}', "info.text", "no column 'info.text', only info"),
+    "an object of neither": ("a.json", '{"prompt": "a cat"}', "prompt", "a list of prompts or of records"),
+    "columns of unequal length": ("a.json", '{"prompt": ["a"], "n": []}', "prompt", "a list of prompts or of records"),
+    "a broken line": ("a.jsonl", '{"prompt": "a"}\n{"prompt"\n', "prompt", "line 2 is no JSON"),
+    "another encoding": ("a.txt", b"caf\xe9\n", "prompt", "cannot be read: 'utf-8' codec"),
+    "a folder": ("a.txt/b", "", "prompt", "cannot be read"),
+}
+
+
+def saved(folder, name: str, content) -> str:
+    """A file of this content; of name "a.txt/b" the folder a.txt."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path.parent if path.name == "b" else path)
+
+
+@pytest.mark.parametrize("name, content, column, wanted", FILES.values(), ids=FILES)
+def test_files_that_people_have(tmp_path, name, content, column, wanted):
+    assert read_prompts(saved(tmp_path, name, content), "--prompts", column) == wanted
+
+
+@pytest.mark.parametrize("name, content, column, words", REFUSED.values(), ids=REFUSED)
+def test_files_that_are_refused(tmp_path, name, content, column, words):
+    """In one sentence that names the flag and the file."""
+    path = saved(tmp_path, name, content)
+    with pytest.raises(ValueError) as caught:
+        read_prompts(path, "--eval-prompts", column)
+    assert words in str(caught.value) and f"--eval-prompts {path}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_hides_no_shared_prompt(tmp_path, capsys):
+    """With the mark in it, red "CAT" would be trained on and held out unnoticed."""
+    train = saved(tmp_path, "a.txt", '\ufeffred "CAT"\nblue "DOG"\n')
+    heldout = saved(tmp_path, "b.txt", 'red "CAT"\n')
+    assert load_prompts(asked(train, heldout), "", "") == (['blue "DOG"'], ['red "CAT"'])
+    assert "1 of the prompts are also held out" in capsys.readouterr().err
+
+
+def test_held_out_prompts_leave_training(tmp_path, capsys):
+    """With a note, in which a long prompt is cut; where none is left, an error; without training, nothing to check."""
+    long = "a " * 500 + "cat"
+    train, heldout = saved(tmp_path, "a.txt", f"{long}\na dog\n"), saved(tmp_path, "b.txt", f"{long}\n")
+    assert load_prompts(asked(train, heldout), "", "") == (["a dog"], [long])
+    note = capsys.readouterr().err
+    assert "they are not trained on, 1 are left" in note and len(note) < 200
+    with pytest.raises(ValueError, match="none is left to train on"):
+        load_prompts(asked(heldout, heldout), "", "")
+    assert load_prompts(asked(heldout, heldout, iterations=0), "", "") == ([long], [long])
+
+
+# ---------------------------------------------------------------------------------------------------------------- quotes
+QUOTES = {
+    'red "CAT"': "CAT",
+    "A cat holding a sign that says '123'": "123",
+    "A shop window with 'OPEN' in red letters": "OPEN",
+    "red \u201cCAT\u201d": "CAT",
+    "a sign \u2018CAT\u2019": "CAT",
+    "un panneau \u00ab CHAT \u00bb": " CHAT ",
+    "\u5199\u7740\u300c\u732b\u300d": "\u732b",
+    "ein Schild \u201eKATZE\u201c": "KATZE",
+    "the dog's sign says 'WOOF'": "WOOF",
+    "a sign 'DON'T WALK' here": "DON'T WALK",
+    "two signs, 'A' and \"B\"": "A",
+}
+
+
+@pytest.mark.parametrize("prompt, wanted", QUOTES.items())
+def test_quotes_of_all_kinds(prompt, wanted):
+    assert rewards.quoted_text(prompt) == wanted
+
+
+@pytest.mark.parametrize(
+    "prompt", ["The dog's bowl", "the dogs' bowl and the cats' toys", "a photo", 'blue " "', 'blue ""']
+)
+def test_an_apostrophe_is_no_quote_and_a_blank_is_no_text(prompt):
+    """Refused at the start: a blank text has no length to divide by, in the middle of a run."""
+    with pytest.raises(rewards.CannotScore, match="quoted text"):
+        rewards.quoted_text(prompt)
+
+
+def test_a_colour_in_quotes_is_no_colour():
+    assert rewards.wanted_colour("a blue \u201cRED\u201d").tolist() == [0, 0, 1]
+    assert rewards.wanted_colour("a blue 'RED' sign").tolist() == [0, 0, 1]
