@@ -143,7 +143,7 @@ def iteration_of(checkpoint: Path) -> int:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints that the run of this folder wrote, oldest first; whether they are whole, `whole_checkpoint` says."""
+    """The checkpoints that the run of this folder wrote, oldest first, whole or not (`whole_checkpoint` says)."""
     identity = read_json(out / "options.json", "it says whose checkpoints these are")["run"]
     own = []
     for path in out.glob("checkpoint-*"):

@@ -67,7 +67,7 @@ def copy(finished, tmp_path):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------ whose is a folder
+# ---------------------------------------------------------------------------------------------------- whose is a folder
 def test_other_peoples_folders_are_neither_counted_nor_deleted(capsys, tmp_path, finished):
     """checkpoint-9 and checkpoint-10 of somebody else, a backup by hand, and a checkpoint of another run."""
     out = tmp_path / "a"
@@ -198,7 +198,7 @@ def test_values_that_are_no_tensors_are_read_as_data(tmp_path):
     assert not target.exists()
 
 
-# -------------------------------------------------------------------------------------------------------- disk and folder
+# ------------------------------------------------------------------------------------------------------ disk and folder
 def test_folders_that_cannot_be_written_are_named_before_anything_is_loaded(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "prepare", lambda *args: pytest.fail("it loaded first"))
     (tmp_path / "file").write_text("")

@@ -156,8 +156,8 @@ def test_memory_by_hand():
     encoding = hardware.memory_while_encoding(planned("--dtype bf16 --lora 64"), lora)
     assert encoding == held + 2 * (t5 + clip + widest)
 
-    # DDP without micro-batches: all 187 trained parents of each of the two prompts of a GPU in one call. Every GPU holds
-    # all weights and moments.
+    # DDP without micro-batches: all 187 trained parents of each of the two prompts of a GPU in one call. Every GPU
+    # holds all weights and moments.
     ddp = hardware.memory(planned("--dtype bf16 --micro-batch 0 --prompts-per-iteration 4 --method branchgrpo"), 2)
     assert ddp["activations"] == 2 * 187 * 2537 * 3072 * 63 * 57 and ddp["gradients, DDP's buckets"] == 4 * n
     assert ddp["weights, trained, fp32"] == 4 * n and ddp["AdamW's two moments and a temporary, fp32"] == 12 * n

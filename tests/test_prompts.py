@@ -104,7 +104,7 @@ def test_prompts_that_cannot_be_read(tmp_path):
             read_prompts(str(path), "--prompts")
 
 
-# ------------------------------------------------------------------------------------------------ files that people have
+# ----------------------------------------------------------------------------------------------- files that people have
 CHAT = [{"role": "system", "content": "Describe."}, {"role": "user", "content": 'red "CAT"'}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": 'red "CAT"'}, {"type": "image"}]}]
 FILES = {  # what it is -> name, content, column, its prompts
@@ -195,7 +195,7 @@ def test_held_out_prompts_leave_training(tmp_path, capsys):
     assert load_prompts(asked(heldout, heldout, iterations=0), "", "") == ([long], [long])
 
 
-# ---------------------------------------------------------------------------------------------------------------- quotes
+# --------------------------------------------------------------------------------------------------------------- quotes
 QUOTES = {
     'red "CAT"': "CAT",
     "A cat holding a sign that says '123'": "123",
