@@ -1,7 +1,7 @@
 """BranchGRPO, the algorithm: roll out a forest, credit its edges, update the policy on those that are kept.
 
-Idea (arXiv:2509.06040v5): independent rollouts repeat the same early steps and share one sparse reward. A tree shares
-the prefixes, so it costs fewer model calls, and its leaf rewards, fused upwards, give every depth its own advantage.
+Idea (arXiv:2509.06040v5): independent rollouts pay for every early step once per picture, and have one reward per
+path. A tree shares the prefixes, so it costs fewer model calls, and its leaf rewards, fused upwards, give every depth its own advantage.
 
 1. rollout         depth by depth, all nodes of all prompts in one batch                              Eq. 1 and 2
 2. credit          fuse leaf rewards upwards, normalise over each depth of a prompt                   Eq. 3 and 4
@@ -191,8 +191,8 @@ def tail(policy, cond: Cond, x: Tensor, forest: Forest, sampler: Sampler, micro_
         step = torch.full((len(nodes),), i, device=x.device)
         v = velocity(policy, nodes, step, sampler, repeat_cond(cond, x.shape[1]), micro_batch)
 
-        # The clean estimate of the step before serves a second-order step. One is enough, since nothing branches here:
-        # row j is the same trajectory at both steps.
+        # A second-order step also needs the clean estimate of the one step before. Nothing branches here, so row j of
+        # both is the same trajectory.
         x0hat_before, x0hat = x0hat, nodes - sampler.sigmas[i].item() * v
         mean, _ = sampler.moments(step, nodes, v, stochastic=False)
 
@@ -312,7 +312,7 @@ def flatten_edges(
         mask = keep[i][prompts].unflatten(1, (forest.sizes[i], -1))  # (p, n_i, K)
         trained = mask.any(2)  # (p, n_i)
 
-        # Number the trained parents through: cumsum - 1 of [1,0,1] is [0,0,1]. The middle one is never read, as none of
+        # Number the trained parents consecutively: cumsum - 1 of [1,0,1] is [0,0,1]. The middle one is never read, as none of
         # its edges is kept, and the edges (in the order of the mask) point at rows [0,1,1].
         row = parents_so_far + trained.flatten().cumsum(0).view_as(trained) - 1  # (p, n_i)
         parents_so_far += int(trained.sum())
@@ -325,15 +325,16 @@ def flatten_edges(
         columns["step"].append(torch.full((int(trained.sum()),), i))
         columns["prompt"].append(prompts[trained.nonzero()[:, 0]])
 
-        # Edges: the child x_{i+1} that was drawn, its log-prob then, its advantage. TempFlow-GRPO's factor is above 0
-        # (but for the last step, which is never here), so it may as well multiply the advantage as the loss.
+        # Edges: the child x_{i+1} that was drawn, its log-prob then, its advantage. TempFlow-GRPO's factor f scales the
+        # loss; as clipped_loss(rho, f A) = f clipped_loss(rho, A) for f >= 0, it is put into the advantage.
         factor = step_weight[i] if step_weight else 1.0
         columns["child"].append(out.latents[i + 1][prompts][edge])  # (E_i, *latent)
         columns["parent"].append(parent)
         columns["advantage"].append(credits[i][prompts][mask.flatten(1)].float() * factor)
         columns["logp_old"].append(out.logp_mean[i][prompts][edge])
 
-        # Eq. 5 counts edges: of the 202 of the paper's tree (T = 20) step 0 has 2. By leaves below, each step weighs 1.
+        # Eq. 5 counts edges: step 0 has 2 of the 202 stochastic edges of the paper's tree (T = 20). With "path" the
+        # edges of a step weigh 1 together.
         weight = 1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0
         columns["weight"].append(torch.full((int(mask.sum()),), weight))
     return Edges(**{name: torch.cat(tensors).to(out.latents[0].device) for name, tensors in columns.items()})
@@ -341,8 +342,7 @@ def flatten_edges(
 
 def micro_batch_of(edges: Edges, rows: slice, device) -> Edges:
     """The parents at `rows` and their edges, on the device that computes."""
-    # Edges are sorted by parent, so those of parents a .. b - 1 are
-    # contiguous: parent [0,1,1,2], rows 1 .. 2 -> edges 1 .. 2.
+    # Edges are sorted by parent, so those of rows a:b are contiguous: parent [0,1,1,2], rows 1:2 -> edges 1:3.
     ends = torch.tensor([rows.start, rows.stop], device=edges.parent.device)
     between = slice(*torch.searchsorted(edges.parent, ends).tolist())
     fields = {name: getattr(edges, name)[rows if name in PARENT_FIELDS else between] for name in vars(edges)}
@@ -377,7 +377,7 @@ def split_parents(edges: Edges, n: int, seed: list[int]) -> list[Edges]:
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """PPO's clipped surrogate, negated (Eq. 5): -min(rho A, clip(rho, 1-e, 1+e) A), elementwise (E,)."""
+    """PPO's clipped surrogate, negated (Eq. 5): -min(rho A, clip(rho, 1-c, 1+c) A), elementwise (E,)."""
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
@@ -386,16 +386,16 @@ def surrogate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The body of Eq. 5 on one batch of edges, with gradient and without any machinery.
 
-    loss_e = -min(rho_e A_e, clip(rho_e, 1-e, 1+e) A_e), rho_e = exp(logp_new - logp_old). The log-probs are means over
+    loss_e = -min(rho_e A_e, clip(rho_e, 1-c, 1+c) A_e), rho_e = exp(logp_new - logp_old). The log-probs are means over
     D dimensions, so rho is the D-th root of the ratio of densities, and clip ranges are 1e-4 where PPO has 0.2. In the
-    first update on a rollout rho = 1, nothing is clipped, and the gradient is that of sum_e A_e logp_e.
+    first update on a rollout rho = 1 up to rounding, and the gradient is that of -sum_e A_e logp_e.
 
     Args:
         policy: whose velocity is trained.
         edges: N parents, E edges, on the device that computes.
         cond: conditioning of all prompts; edges.prompt picks from it.
         sampler: the transitions of the rollout.
-        clip: e > 0.
+        clip: c > 0.
         with_kl: also the divergence from the untrained policy.
 
     Returns:
@@ -447,7 +447,7 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
     if not total_weight:  # on every process alike: a window may leave nothing to train
         return {}
 
-    sums = torch.zeros(3, device=device)  # loss, fraction of edges with |rho - 1| > e (of either sign), kl
+    sums = torch.zeros(3, device=device)  # loss, fraction of edges with |rho - 1| > c (whatever A), kl
     ratio_dev = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
     size = args.micro_batch or n_parents

@@ -98,9 +98,9 @@ DANCE_STEPS = (*TREES, "dancegrpo")  # published with dance steps, the others wi
 class Schedule:
     """What one iteration does.
 
-    forest: its shape and its stochastic steps. sigmas: (T+1,) noise levels. trained_steps: the stochastic steps that
-    are trained. depth_window: (start, width) of the steps that depth pruning drops, or None. step_weight: (T,) factors
-    of the loss, or None for ones.
+    forest: its shape and its stochastic steps; T is its number of steps. sigmas: (T+1,) noise levels. trained_steps:
+    the stochastic steps that are trained. depth_window: (start, width) of the steps that depth pruning drops, or None.
+    step_weight: (T,) factors of the loss, or None for ones.
     """
 
     forest: Forest

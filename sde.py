@@ -9,7 +9,8 @@ So a trajectory becomes a sequence of actions whose log-probabilities GRPO can p
 the equations; here they are computed.
 
 Direction of time: sigma_0 = 1 is pure noise, sigma_T = 0 is the picture. Step i walks sigma_i -> sigma_{i+1}, so
-dt = sigma_{i+1} - sigma_i < 0. The velocity v = v_theta(x, sigma, prompt) points from data to noise.
+dt = sigma_{i+1} - sigma_i < 0. Between data x0 and noise x1 the path is x = (1-sigma) x0 + sigma x1, so the velocity
+v = v_theta(x, sigma, prompt), an estimate of x1 - x0, points from data to noise, and x0hat = x - sigma v estimates x0.
 
 1. sigma_i        noise levels, shifted towards the noisy end                  `sigma_schedule`
 2. mean, std      of x_{i+1} given x_i and v: dance, flow, cps or ode          `step_moments`
@@ -28,8 +29,9 @@ Departures from the papers, and why:
   (`density="upstream"`); the true density is the default.
 - The last step, to sigma_T = 0, is always `ode`. The published code draws noise there, trains it, and scores a picture
   made without it, so its last edges learn from nothing; scored with it, the picture would have grain.
-- The marginals of dance and flow equal the ODE's only as dt -> 0, and near sigma = 0 those of dance do not: its last
-  noise over sigma grows with T. In few steps both end noisier than sigma; cps never does (table in docs/method.md).
+- dance and flow have the ODE's marginals only in the limit dt -> 0, and dance not even there near sigma = 0: in its
+  last noisy step std / sigma' grows with T. With few steps both end with more noise than sigma; cps never does (table
+  in docs/method.md).
 """
 
 import math
@@ -180,7 +182,7 @@ def branch_noise(parents: int, branch: int, shape: tuple[int, ...], s: float, ge
     """Noises of siblings (Eq. 2, arXiv:2509.06040v5): xi_b = (xi_0 + s zeta_b) / sqrt(1 + s^2).
 
     xi_0 is shared by the K siblings of a parent, zeta_b is each child's own. Every xi_b ~ N(0, I) whatever s is, since
-    (1 + s^2)/(1 + s^2) = 1, so each child by itself is a plain SDE step, whose std its log-prob has, without s.
+    (1 + s^2)/(1 + s^2) = 1. So each child by itself is a plain SDE step: its log-prob uses that step's std, without s.
     Siblings are correlated: Cov(xi_b, xi_b') = I / (1 + s^2), which is 0.5 for s = 1 and 0.059 for s = 4.
 
     Args:
@@ -207,8 +209,8 @@ def branch_noise(parents: int, branch: int, shape: tuple[int, ...], s: float, ge
 def second_order(x: Tensor, x0hat: Tensor, x0hat_before: Tensor, sigmas: tuple[float, float, float]) -> Tensor:
     """A deterministic step of DPM-Solver++ (2M) in flow form (arXiv:2211.01095, alpha = 1 - sigma).
 
-    x' = D + (sigma'/sigma) (x - D), where D = x0hat + h / (2 h_before) (x0hat - x0hat_before) and h is the step in
-    lambda = log((1-sigma)/sigma). With D = x0hat this is Euler's step.
+    x' = y + (sigma'/sigma) (x - y), y = x0hat + h / (2 h_before) (x0hat - x0hat_before), `target` below; h is the step
+    in lambda = log((1-sigma)/sigma). With y = x0hat this is Euler's step.
 
     Args:
         x, x0hat, x0hat_before: (B, ...) the latents, their clean estimate, and that of the step before.

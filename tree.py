@@ -7,8 +7,8 @@ node gets K children, at any other step one. The forest is regular, so a level i
     nodes      0     0 1       0 1 2 3        0 1 2 3        node j at depth d + 1 has parent j // children[d],
     parents          0 0       0 0 1 1        0 1 2 3        the leaves below a node are one contiguous block
 
-P is the number of prompts, n_d the nodes of one prompt at depth d, T the number of steps; edge i leads from depth i to
-depth i + 1, and belongs to the child it leads to, so what is said of edges has the shape (P, n_{i+1}).
+P is the number of prompts, n_d the nodes of one prompt at depth d, T the number of steps. The edges of step i lead from
+depth i to depth i + 1. There is one per child, so whatever belongs to edges has the shape (P, n_{i+1}).
 
 Direction of time: depth 0 is pure noise (sigma = 1), depth T the pictures (sigma = 0).
 
@@ -38,7 +38,7 @@ Departures from the paper, and why:
 
 Known weaknesses, kept visible: with two nodes at a depth the z-score is +-1 whatever the gap. And path log-probs are
 sums of per-dimension means, so at beta = 1 the weights of Eq. 3 are nearly uniform (`effective_leaves` is 15.9 of 16)
-and fusion is close to the plain mean. Sums over the D dimensions are beta = D, nearly one-hot (D = 512 in tiny/flux).
+and fusion is close to the plain mean. Sums over the D dimensions would be beta = D (512 in tiny/flux), nearly one-hot.
 
     python tree.py --steps 20 --branch 2 --splits 0,3,6,9     # draws the tree, prints its counts
 """
@@ -187,8 +187,8 @@ def fuse(rewards: Tensor, path_logp: Tensor, forest: Forest, beta: float) -> lis
     """Leaf rewards upwards (Eq. 3, arXiv:2509.06040v5): rbar(n) = sum_l w_l r_l, w = softmax_l(beta log p(l|n)).
 
     l runs over the leaves below node n. log p(l|n) sums the log-probs of the stochastic edges from n to l. Siblings
-    have one std, so paths differ in -mean_D(xi^2)/2 alone: the likeliest leaf is the one with the least noise, whatever
-    its reward. beta = 1 is the paper's choice; 0 is the mean that Monte Carlo would take.
+    have one std, so paths differ in -sum_i mean_D(xi_i^2)/2 alone: the likeliest leaf has the least noise, whatever its
+    reward. Leaves are already drawn from p, so beta > 0 counts p twice; 0 is the Monte Carlo mean, 1 the paper's choice.
 
     Args:
         rewards: (P, leaves), any unit, higher is better.
@@ -228,7 +228,8 @@ def z_score(values: Tensor, reference: Tensor) -> Tensor:
     mean, std = reference.mean(-1, keepdim=True), reference.std(-1, correction=0, keepdim=True)
     z = (values - mean) / (std + EPS)
 
-    # Equal rewards teach nothing. Without this line their rounding errors, 1e-17 or so, would be credited.
+    # Equal rewards teach nothing. Rounding alone would leave 1e-17 / EPS = 1e-13: tiny, but where all gradients are
+    # tiny, Adam makes a full step of them.
     return torch.where(std < EQUAL, 0.0, z)
 
 
@@ -259,7 +260,7 @@ def sibling_advantage(fused: list[Tensor], forest: Forest) -> list[Tensor]:
     """
     advantages = []
     for i, level in enumerate(fused[1:]):
-        # Siblings are the nodes below one node of the last split so far; before any split they are all roots.
+        # Siblings are the nodes below one node of the last split so far; before any split the chains of all roots are.
         split = max((step for step in forest.splits if step <= i), default=None)
         families = 1 if split is None else forest.sizes[split]
         siblings = level.unflatten(1, (families, -1))  # (P, families, siblings)
@@ -308,7 +309,9 @@ def keep_leaves(forest: Forest, kept: Tensor) -> list[Tensor]:
 
 
 def keep_parent_top1(forest: Forest, rewards: Tensor) -> list[Tensor]:
-    """Width pruning, Parent-Top1: at the last split each parent keeps its best child; ties go to the lower leaf index.
+    """Width pruning, Parent-Top1: of the K chains that leave a node of the last split only the best is trained.
+
+    The K split edges themselves all stay. Ties go to the lower leaf index.
 
     Args:
         rewards: (P, leaves).
@@ -375,9 +378,9 @@ def window_start(first: int, last: int, iteration: int, iterations: int, every: 
 
 
 def depth_window_range(forest: Forest, width: int, stop: int | None = None) -> tuple[int, int]:
-    """First and last start of the depth window: from the step after the last split to where its end is the stop step.
+    """First and last start of the depth window: just after the last split, and where its last step is `stop`.
 
-    The stop step defaults to the last stochastic one, T - 2.
+    `stop` defaults to T - 2, the last stochastic step of a tree that draws noise at every step.
     """
     stop = forest.steps - 2 if stop is None else stop
     first = forest.last_split + 1
