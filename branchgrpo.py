@@ -1,7 +1,8 @@
 """BranchGRPO, the algorithm: roll out a forest, credit its edges, update the policy on those that are kept.
 
 Idea (arXiv:2509.06040v5): independent rollouts pay for every early step once per picture, and have one reward per
-path. A tree shares the prefixes, so it costs fewer model calls, and its leaf rewards, fused upwards, give every depth its own advantage.
+path. A tree shares the prefixes, so it costs fewer model calls, and its leaf rewards, fused upwards, give every depth
+its own advantage.
 
 1. rollout         depth by depth, all nodes of all prompts in one batch                              Eq. 1 and 2
 2. credit          fuse leaf rewards upwards, normalise over each depth of a prompt                   Eq. 3 and 4

@@ -188,7 +188,7 @@ def fuse(rewards: Tensor, path_logp: Tensor, forest: Forest, beta: float) -> lis
 
     l runs over the leaves below node n. log p(l|n) sums the log-probs of the stochastic edges from n to l. Siblings
     have one std, so paths differ in -sum_i mean_D(xi_i^2)/2 alone: the likeliest leaf has the least noise, whatever its
-    reward. Leaves are already drawn from p, so beta > 0 counts p twice; 0 is the Monte Carlo mean, 1 the paper's choice.
+    reward. Leaves are drawn from p already, so beta > 0 counts p twice; 0 is the Monte Carlo mean, 1 the paper's.
 
     Args:
         rewards: (P, leaves), any unit, higher is better.
