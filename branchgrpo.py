@@ -313,8 +313,8 @@ def flatten_edges(
         mask = keep[i][prompts].unflatten(1, (forest.sizes[i], -1))  # (p, n_i, K)
         trained = mask.any(2)  # (p, n_i)
 
-        # Number the trained parents consecutively: cumsum - 1 of [1,0,1] is [0,0,1]. The middle one is never read, as none of
-        # its edges is kept, and the edges (in the order of the mask) point at rows [0,1,1].
+        # Number the trained parents consecutively: cumsum - 1 of [1,0,1] is [0,0,1]. The middle one is never read, as
+        # none of its edges is kept, and the edges (in the order of the mask) point at rows [0,1,1].
         row = parents_so_far + trained.flatten().cumsum(0).view_as(trained) - 1  # (p, n_i)
         parents_so_far += int(trained.sum())
         parent = row.unsqueeze(2).expand_as(mask)[mask]  # (E_i,)
