@@ -242,12 +242,19 @@ class Stopped(Exception):
 
 
 class Terminator:
-    """Notes SIGTERM, which clusters send before they kill, so that the iteration can be finished and kept."""
+    """While it is open, notes SIGTERM, which clusters send before they kill, so that the iteration can be kept."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.asked = accelerator, False
+        self.accelerator, self.asked, self.before = accelerator, False, None
+
+    def __enter__(self) -> "Terminator":
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to it alone
-            signal.signal(signal.SIGTERM, self.note)
+            self.before = signal.signal(signal.SIGTERM, self.note)
+        return self
+
+    def __exit__(self, *raised) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
 
     def note(self, number, frame) -> None:
         """The signal's handler."""
@@ -265,7 +272,7 @@ def train(run: Run) -> None:
         NonFinite, CannotScore: the run stops; the last good checkpoint stays.
         Stopped: after SIGTERM, with a checkpoint of the iteration that it came in.
     """
-    args, log, terminator = run.args, Log(run), Terminator(run.accelerator)
+    args, log = run.args, Log(run)
 
     # A run that begins is evaluated untrained, and its pictures are kept for before_after.png.
     if not run.history:
@@ -276,28 +283,29 @@ def train(run: Run) -> None:
 
     bar = tqdm(total=args.iterations, initial=run.iteration, desc=args.method, file=sys.stderr, disable=not log.main)
     heldout = [row["heldout_reward"] for row in run.history if "heldout_reward" in row][-1]
-    for iteration in range(run.iteration, args.iterations):
-        row, histograms = iterate(run, iteration)
-        row, pictures = {"iteration": iteration + 1} | row, None
-        run.iteration = iteration + 1
-        warn_without_spread(run, row)
+    with Terminator(run.accelerator) as terminator:
+        for iteration in range(run.iteration, args.iterations):
+            row, histograms = iterate(run, iteration)
+            row, pictures = {"iteration": iteration + 1} | row, None
+            run.iteration = iteration + 1
+            warn_without_spread(run, row)
 
-        last = run.iteration == args.iterations
-        if last or run.iteration % args.eval_every == 0:
-            lap = stopwatch(run.accelerator.device)
-            scores, run.pictures = evaluate(run)
-            pictures, heldout = strip(run.pictures), scores["heldout_reward"]
-            row |= scores | {"seconds_eval": lap()}
+            last = run.iteration == args.iterations
+            if last or run.iteration % args.eval_every == 0:
+                lap = stopwatch(run.accelerator.device)
+                scores, run.pictures = evaluate(run)
+                pictures, heldout = strip(run.pictures), scores["heldout_reward"]
+                row |= scores | {"seconds_eval": lap()}
 
-        # The row is written before the checkpoint, which keeps all rows up to its iteration.
-        log.write(row, pictures, histograms)
-        stopped = terminator.came()
-        if last or stopped or run.iteration % args.save_every == 0:
-            save_checkpoint(run)
-        if stopped and not last:
-            raise Stopped
-        bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{heldout:.3f}")
-        bar.update()
+            # The row is written before the checkpoint, which keeps all rows up to its iteration.
+            log.write(row, pictures, histograms)
+            stopped = terminator.came()
+            if last or stopped or run.iteration % args.save_every == 0:
+                save_checkpoint(run)
+            if stopped and not last:
+                raise Stopped
+            bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{heldout:.3f}")
+            bar.update()
     bar.close()
 
     if log.main:
