@@ -37,6 +37,7 @@ from branchgrpo import NonFinite, Sampler
 from disk import cannot_write, damage, list_files, read_json, sync, write_durably
 from flags import HERE, MAY_CHANGE
 from preference import to_uint8
+from prompts import digest_of
 from rewards import Reward
 from schedules import noise_sharing
 from sde import sigma_schedule
@@ -113,10 +114,10 @@ def options_to_keep(args, prompts: list[str], heldout: list[str]) -> dict:
     Raises:
         ValueError: if an option or the prompts differ from those of the run to continue, or options.json is damaged.
     """
-    digest = hashlib.sha256("\n".join([*prompts, "", *heldout]).encode()).hexdigest()
     options = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     options = {name: same_place(value) if name == "model" else value for name, value in options.items()}
-    options = json.loads(json.dumps(options | {"sha256-of-prompts": digest}))  # tuples become lists, as on disk
+    options["sha256-of-prompts"] = digest_of(prompts, heldout)
+    options = json.loads(json.dumps(options))  # tuples become lists, as on disk
     if args.resume is None:
         return options | {"run": secrets.token_hex(16)}
 

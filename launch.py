@@ -7,7 +7,6 @@
 Bad input is refused before anything long begins: flags before models are loaded, models before training.
 """
 
-import hashlib
 import json
 import shlex
 import sys
@@ -36,7 +35,7 @@ from disk import FolderLock, cannot_write, check_room, check_writable, write_dur
 from flags import HERE, describe
 from loop import Stopped, evaluate, keep_before, summary, train
 from parallel import check_metadata, together
-from prompts import own_prompts
+from prompts import digest_of, own_prompts
 
 
 def start(script: str, job, argv: list[str] | None, finish) -> None:
@@ -112,8 +111,8 @@ def check_same_options(args, prompts: list[str], heldout: list[str]) -> None:
     Raises:
         ValueError: on every process, naming the first flag that differs.
     """
-    digest = hashlib.sha256("\n".join([*prompts, "", *heldout]).encode(errors="surrogateescape")).hexdigest()
-    own = {name: value for name, value in vars(args).items() if name != "origin"} | {"prompts": digest}
+    own = {name: value for name, value in vars(args).items() if name != "origin"}
+    own["prompts"] = digest_of(prompts, heldout)
     everyone = gather_object([own])
     for rank, options in enumerate(everyone):
         for name, value in options.items():

@@ -20,6 +20,7 @@ process took a block (0, 1 and 2, 3), the first update would see 0, 2, and the r
 """
 
 import csv
+import hashlib
 import json
 import os
 import random
@@ -242,6 +243,12 @@ def load_prompts(args, train: str, heldout: str) -> tuple[list[str], list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------------------- taking
+def digest_of(prompts: list[str], heldout: list[str]) -> str:
+    """A hash of all prompts in their order, by which other prompts under the same name are noticed."""
+    text = "\n".join([*prompts, "", *heldout])
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
 def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
     """Entries first .. first + n - 1 of the endless stream of prompts.
 
