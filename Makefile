@@ -12,7 +12,7 @@ demo: .venv
 	$(PY) train_image.py
 
 test: .venv
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 slow: .venv .venv-reference
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow

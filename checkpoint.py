@@ -60,11 +60,17 @@ class Run:
     iteration: int = 0  # iterations done
     history: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
     pictures: Tensor | None = None  # of the last evaluation
+    lookout: parallel.Lookout | None = None  # with several processes
 
     @property
     def out(self) -> Path:
         """The run's folder."""
         return Path(self.args.out)
+
+    def at(self, place: str) -> None:
+        """Tell the other processes where this one is."""
+        if self.lookout:
+            self.lookout.at(place)
 
     def sampler(self, sigmas: Tensor | None = None) -> Sampler:
         """The transitions of this run's options: of an iteration with its own noise levels, by default of
@@ -115,7 +121,7 @@ def options_to_keep(args, prompts: list[str], heldout: list[str]) -> dict:
         ValueError: if an option or the prompts differ from those of the run to continue, or options.json is damaged.
     """
     options = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    options = {name: same_place(value) if name == "model" else value for name, value in options.items()}
+    options = {name: same_place(value) if name in ("model", "lora_from") else value for name, value in options.items()}
     options["sha256-of-prompts"] = digest_of(prompts, heldout)
     options = json.loads(json.dumps(options))  # tuples become lists, as on disk
     if args.resume is None:
@@ -189,6 +195,7 @@ def save_checkpoint(run: Run) -> None:
         NonFinite: on every process, if a weight is not finite: the checkpoint before stays the newest.
         ValueError: on every process, if the disk is full or cannot be written.
     """
+    run.at(f"checkpoint {run.iteration}")
     final, unfinished = run.out / f"checkpoint-{run.iteration}", run.out / ".writing"
     main = run.accelerator.is_main_process
 

@@ -3,7 +3,7 @@
 Idea: a run may be killed, the power may fail, a disk may fill up or flip a bit, and two runs may be started in one
 folder. None of that may cost what was good before.
 
-1. write_durably   a file appears under its name only when it is whole, and on the disk
+1. replacing, write_durably   a file or folder appears under its name only when it is whole, and on the disk
 2. list_files, damage   what a folder held when it was written, with sizes and checksums, and what has changed since
 3. FolderLock      one process at a time owns a folder; its death frees it
 4. check_writable, check_room   what can be known before long work: may this folder be made, and is there room?
@@ -20,6 +20,8 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -32,13 +34,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that at any moment the old content or the new one is there, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file or a folder so that at any moment the old one or the new one is there, never a part.
+
+    Yields:
+        the path to write to, which takes the place of `path` when the block has ended well.
+    """
     unfinished = path.with_name(f".{path.name}.writing")
-    unfinished.write_text(text, encoding="utf-8")
-    sync(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed; a file is overwritten
+    yield unfinished
+
+    # Content first, names second; a folder can only take a name that is free.
+    for written in (unfinished, *unfinished.rglob("*")):
+        sync(written)
+    if unfinished.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     os.replace(unfinished, path)
     sync(path.parent)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file; see `replacing`."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def checksum(path: Path) -> str:

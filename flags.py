@@ -216,6 +216,11 @@ def parser(description: str, video: bool = False) -> Parser:
         g("--frames", type=COUNT, help="of a video, 4k + 1")
     g("--guidance", type=NOT_NEGATIVE, help="scale; 1 is none")
     g("--lora", type=FROM_ZERO, default=0, help="LoRA rank, alpha = 2 rank; 0 trains all weights (Flow-GRPO: 64)")
+    g(
+        "--lora-from",
+        metavar="LORA",
+        help="start from a LoRA of that rank: a file, a folder such as OUT/model, a hub id",
+    )
     add_tree_flags(group("tree"))
     add_credit_flags(group("steps"), group("credit and loss"))
     add_optimisation_flags(group("optimisation"))
@@ -500,6 +505,8 @@ def check(args) -> None:
     for asked, flag, package in packages:
         if asked and not args.plan and find_spec(package) is None:
             raise ValueError(f"{flag}: pip install {package}")
+    if args.lora_from and not args.lora:
+        raise ValueError("--lora-from goes with --lora RANK, the rank of that LoRA")
     if args.nf4 and not args.lora:
         raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
     if args.nf4 and args.fsdp:

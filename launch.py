@@ -34,7 +34,7 @@ from checkpoint import Run, checkpoints, find_out, load_checkpoint, options_to_k
 from disk import FolderLock, cannot_write, check_room, check_writable, write_durably
 from flags import HERE, describe
 from loop import Stopped, evaluate, keep_before, summary, train
-from parallel import check_metadata, together
+from parallel import Lookout, check_metadata, together
 from prompts import digest_of, own_prompts
 
 
@@ -117,9 +117,9 @@ def check_same_options(args, prompts: list[str], heldout: list[str]) -> None:
     for rank, options in enumerate(everyone):
         for name, value in options.items():
             if value != everyone[0][name]:
-                flag = f"--{name.replace('_', '-')}"
-                what = f"{value}, and the main process {everyone[0][name]}" if name != "prompts" else "other prompts"
-                raise ValueError(f"process {rank} was started with {flag} {what}: give all processes the same flags")
+                flag = f"--{name.replace('_', '-')} {value}, and the main process {everyone[0][name]}"
+                what = "other prompts" if name == "prompts" else flag
+                raise ValueError(f"process {rank} was started with {what}: give all processes the same flags")
 
 
 def claim_folder(
@@ -187,6 +187,7 @@ def main(args, load_policy, shape: tuple[int, ...], prompts: list[str], heldout:
     """
     accelerator = make_accelerator(args)
     main_process = accelerator.is_main_process
+    lookout = Lookout() if accelerator.num_processes > 1 else None
 
     # One folder for all processes, as the main one names it. Options are compared with those of the other processes and
     # of a run to resume before anything is loaded.
@@ -195,6 +196,8 @@ def main(args, load_policy, shape: tuple[int, ...], prompts: list[str], heldout:
     if main_process:
         print(describe(args, prompts, heldout), flush=True)
     run = prepare(args, accelerator, load_policy, shape, prompts, heldout)
+    run.lookout = lookout
+    run.at("model loaded")
 
     # The model is known by some values of each weight: with other weights under the same name a run would not go on.
     fingerprint, error = run.policy.fingerprint, None
@@ -223,10 +226,14 @@ def main(args, load_policy, shape: tuple[int, ...], prompts: list[str], heldout:
     if run.ema:
         run.ema.copy_to(run.policy.trainable())
     run.policy.unshard(main_process)
+    run.at("pictures and model")
     if main_process:
         finish(run)
         print(json.dumps(summary(run)))
+    run.at("end")
     accelerator.wait_for_everyone()  # a node that leaves early may take the others' meeting point with it
+    if lookout:
+        lookout.close()
     if lock:
         lock.release()
 
@@ -305,6 +312,7 @@ def prepare(args, accelerator: Accelerator, load_policy, shape: tuple[int, ...],
         device=accelerator.device,
         guidance=args.guidance,
         lora=args.lora,
+        lora_from=args.lora_from,
         keep_reference=args.kl > 0,
         checkpointing=args.gradient_checkpointing,
         tiling=args.vae_tiling,

@@ -12,7 +12,6 @@ Everything random is keyed by (seed, iteration, prompt slot). So a killed run re
 for rounding the result does not depend on the number of processes. Direction of time: as in sde.py.
 """
 
-import os
 import resource
 import signal
 import sys
@@ -42,7 +41,7 @@ from branchgrpo import (
     update,
 )
 from checkpoint import Log, Run, save_checkpoint
-from disk import sync
+from disk import replacing
 from parallel import together
 from prompts import own_prompts
 from schedules import schedule_of
@@ -62,6 +61,7 @@ def score(run: Run, latents: Tensor, pictures: Tensor, prompts: list[str]) -> di
         NonFinite: if latents or pictures are not: clamped to [0, 1] they would be scored as black pictures.
         CannotScore: if a reward fails. Both on every process at once.
     """
+    run.at("rewards")
     bad = [name for name, values in (("latents", latents), ("pictures", pictures)) if not values.isfinite().all()]
     together(f"the policy's {bad[0]} are not finite: they cannot be scored" if bad else None, NonFinite)
     scores, error = {}, None
@@ -69,6 +69,7 @@ def score(run: Run, latents: Tensor, pictures: Tensor, prompts: list[str]) -> di
         scores = R.score(run.rewards, pictures, prompts)
     except R.CannotScore as raised:
         error = raised
+    run.at("rewards of all processes")
     together(error, R.CannotScore)
     return scores
 
@@ -107,6 +108,7 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
         heldout_exact is the fraction of pictures whose ocr score is 1, absent without ocr.
     """
     acc, size = run.accelerator, run.args.eval_size
+    run.at(f"evaluation after iteration {run.iteration}")
 
     # Every process takes equally many pairs, or the collective calls below would not match: of 10 pairs on 4 processes
     # each takes 3, and the last two numbers, 10 and 11, are walked but not counted.
@@ -173,6 +175,8 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     schedule, lap = schedule_of(args, iteration), stopwatch(acc.device)
     sampler, forest = run.sampler(schedule.sigmas), schedule.forest
 
+    run.at(f"iteration {iteration + 1}: rollout")
+
     # 1. The prompts of this process, and their slots in the iteration, which key their noise.
     prompts = own_prompts(args, acc, run.prompts, iteration)
     slots = range(args.prompts_per_iteration)[acc.process_index :: acc.num_processes]
@@ -202,6 +206,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     def edges_of(rows: Tensor) -> Edges:
         return flatten_edges(out, forest, keep, advantages, rows, args.loss_weight, schedule.step_weight)
 
+    run.at(f"iteration {iteration + 1}: update")
     stats = []
     for edges in minibatches(run, iteration, edges_of, len(prompts)):
         stats.append(update(policy, run.optimizer, acc, edges, cond, sampler, args))
@@ -317,11 +322,8 @@ def train(run: Run) -> None:
 def keep_before(run: Run, pictures: Tensor) -> None:
     """Write the pictures of the untrained policy, durably: they are needed at the end."""
     if run.accelerator.is_main_process:
-        unfinished = run.out / ".before.safetensors.writing"
-        save_file({"pictures": pictures.contiguous()}, unfinished)
-        sync(unfinished)
-        os.replace(unfinished, run.out / "before.safetensors")
-        sync(run.out)
+        with replacing(run.out / "before.safetensors") as unfinished:
+            save_file({"pictures": pictures.contiguous()}, unfinished)
 
 
 def warn_without_spread(run: Run, row: dict) -> None:

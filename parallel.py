@@ -9,7 +9,8 @@ fully_shard, called here: accelerate's own path ignores it on the CPU, where thi
 
 1. shard        blocks, then what is left over: parameters become DTensors, gathered for a block when it runs
 2. unshard      a plain copy on the main process, for pictures and export
-3. save, load   trained weights, optimiser and EMA by torch.distributed.checkpoint; weights in safetensors beside them
+3. together, Lookout   an error of one process ends all; who is waited for is said
+4. save, load   trained weights, optimiser and EMA by torch.distributed.checkpoint; weights in safetensors beside them
 
 Why a checkpoint resumes on any number of processes. A DTensor knows its whole shape and where its piece lies in it. So
 `save` stores pieces of named tensors, not of processes, and `load` reads for each piece what overlaps with it, however
@@ -17,7 +18,12 @@ the file was cut. Optimiser and EMA are stored by the names of their parameters 
 a piece that is the whole. Random numbers need no state: they are keyed by (seed, iteration, prompt).
 """
 
+import json
+import math
 import pickle
+import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -115,6 +121,83 @@ def together(message, kind: type[Exception]) -> None:
     """
     for text in filter(None, gather_object([None if message is None else str(message)])):
         raise kind(text)
+
+
+class Lookout:
+    """Says which process the others wait for, and at what.
+
+    Where processes meet, all wait for the last one, in silence and for as long as an hour. So each tells the others two
+    things, through the key-value store by which torch's processes found each other:
+
+    1. its place, such as "iteration 3: rollout", and how many places it has passed; all processes pass the same ones;
+    2. that it lives: a number which a thread of its own raises. A process that was stopped has no running thread.
+
+    A process that has been at one place for `PATIENCE` looks for those that have passed fewer places, or are silent.
+    """
+
+    BEAT = 5.0  # seconds between two signs of life
+    PATIENCE = 30.0  # seconds before it is said, and again before it is said again
+
+    def __init__(self):
+        self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.store = torch.distributed.distributed_c10d._get_default_store().clone()  # a connection of its own
+        self.passed, self.beats, self.place, self.since = 0, 0, "start", time.monotonic()
+        self.closed = threading.Event()
+        self.tell()
+
+        # Reading a name that is not there yet would wait for it, so all write theirs before anyone reads.
+        torch.distributed.barrier()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def at(self, place: str) -> None:
+        """This process has come to a place."""
+        self.passed, self.place, self.since = self.passed + 1, place, time.monotonic()
+
+    def tell(self) -> None:
+        """Write this process's place and sign of life."""
+        self.store.set(f"lookout/{self.rank}", json.dumps([self.passed, self.beats, self.place]))
+
+    def watch(self) -> None:
+        """What the thread does until the run ends."""
+        last_beat = {rank: (-1, time.monotonic()) for rank in range(self.size)}  # rank -> its number, when that came
+        said = -math.inf
+        while not self.closed.wait(self.BEAT):
+            self.beats += 1
+            try:
+                self.tell()
+                states = {rank: json.loads(self.store.get(f"lookout/{rank}")) for rank in range(self.size)}
+            except RuntimeError:  # the process that holds the store has ended, and torch ends this one too
+                return
+
+            # Who is behind, who is silent? A process that was stopped itself finds all signs of life old, so it looks
+            # at the others' numbers first.
+            now = time.monotonic()
+            for rank, (_, beats, _) in states.items():
+                if beats != last_beat[rank][0]:
+                    last_beat[rank] = beats, now
+            silent = {rank for rank, (_, when) in last_beat.items() if now - when > self.PATIENCE}
+            behind = {rank for rank, (passed, _, _) in states.items() if passed < self.passed}
+            waited = now - self.since
+
+            # One process speaks: the first of those that are not waited for.
+            late = sorted(silent | (behind if waited > self.PATIENCE else set()))
+            speaker = min(set(states) - set(late), default=None)
+            if late and speaker == self.rank and now - said > self.PATIENCE:
+                said = now
+                who = ", ".join(self.describe(rank, states[rank][2], rank in silent) for rank in late)
+                place = f"process {self.rank} is at {self.place} since {waited:.0f} s and waits for {who}"
+                print(place, file=sys.stderr, flush=True)
+
+    @staticmethod
+    def describe(rank: int, place: str, silent: bool) -> str:
+        """One process that is waited for."""
+        return f"process {rank} (at {place}{', without a sign of life' * silent})"
+
+    def close(self) -> None:
+        """End the thread."""
+        self.closed.set()
+        self.thread.join()
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -36,7 +36,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
 import socket
 import sys
 from functools import cached_property
@@ -45,7 +44,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -53,6 +53,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from branchgrpo import Cond
+from disk import replacing
 from parallel import shard, unshard
 
 # The projections of attention (queries, keys, values, output) under the names that diffusers gives them in FLUX and
@@ -68,6 +69,7 @@ class Policy:
         device: where everything computes.
         autocast: bf16 autocast around the transformer; the weights that are trained stay float32.
         lora: rank of a LoRA on the attention projections (alpha = 2 rank, as in Flow-GRPO); 0 trains all weights.
+        lora_from: a LoRA to start from, a file or folder or hub id of the same rank; see `start_from`.
         keep_reference: keep the untrained velocity at hand, for the KL term (free with LoRA, a copy without).
         checkpointing: compute activations again in the backward pass instead of keeping them.
         tiling: decode in overlapping tiles, which changes seams a little, and the pictures of a batch one by one.
@@ -144,6 +146,7 @@ class Policy:
         device="cpu",
         autocast=False,
         lora=0,
+        lora_from: str | None = None,
         keep_reference=False,
         checkpointing=False,
         tiling=False,
@@ -192,6 +195,8 @@ class Policy:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.transformer.add_adapter(config)
+            if lora_from:
+                start_from(pipe, lora, lora_from)
         else:
             self.transformer.requires_grad_(True)
 
@@ -326,20 +331,18 @@ class Policy:
         pipeline has one dtype, that of --dtype: from float32 master weights beside bf16 encoders diffusers could not
         sample. It is written beside and renamed, so that a half-written model never has the good name.
         """
-        unfinished = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if self.lora:
-            model = self.pipe.transformer
-            weights, rank_and_alpha = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
-            self.pipeline_class.save_lora_weights(unfinished, weights, transformer_lora_adapter_metadata=rank_and_alpha)
-        else:
+        with replacing(folder) as unfinished:
+            if self.lora:
+                model = self.pipe.transformer
+                weights, settings = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+                self.pipeline_class.save_lora_weights(unfinished, weights, transformer_lora_adapter_metadata=settings)
+                return
+
             dtype = torch.bfloat16 if self.autocast else torch.float32
             for component in self.pipe.components.values():
                 if isinstance(component, torch.nn.Module):
                     torch.nn.Module.to(component, dtype)  # diffusers' own warns at each call
             self.pipe.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -405,6 +408,44 @@ def load_pipeline(model: str, pipeline_class: type, dtype: torch.dtype, nf4: boo
         return pipeline_class.from_pretrained(model, dtype=dtype, **packing)
     except OSError as error:
         raise cannot_be_loaded(model, error) from error
+
+
+def start_from(pipe: DiffusionPipeline, rank: int, source: str) -> None:
+    """Give the new adapter of a pipeline's transformer the weights of a LoRA that was saved.
+
+    A LoRA adds (alpha / rank) B A. Here alpha is 2 rank; one that was saved with another alpha has its B scaled by
+    alpha / (2 rank), which adds the same. A file that does not say its alpha means alpha = rank, as in diffusers.
+
+    Args:
+        rank: of the adapter, which must be that of the file.
+        source: what `pipe.load_lora_weights` takes: the model folder of a run with --lora, a file, a hub id.
+
+    Raises:
+        ValueError: if it cannot be read, has another rank, or does not fit the adapter's layers; one sentence.
+    """
+    try:
+        wanted = {"return_alphas": True, "return_lora_metadata": True, "use_safetensors": True}  # a pickle runs code
+        saved, *alphas, metadata = pipe.lora_state_dict(source, **wanted)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--lora-from {source} cannot be loaded: {reason}") from error
+
+    if any(alphas):
+        raise ValueError(f"--lora-from {source} has an alpha for each layer: save it with diffusers first")
+
+    # Its weights, by the names that they have in the transformer. Of A, (rank, in), the first dimension is the rank.
+    prefix = "transformer."
+    weights = {name.removeprefix(prefix): w for name, w in saved.items() if name.startswith(prefix)}
+    ranks = {len(w) for name, w in weights.items() if "lora_A" in name}
+    if ranks != {rank}:
+        found = f"has rank {', '.join(map(str, sorted(ranks)))}" if ranks else "holds no LoRA of the transformer"
+        raise ValueError(f"--lora-from {source} {found}, and --lora is {rank}: they must be equal")
+
+    alpha = (metadata or {}).get(f"{prefix}lora_alpha", rank)
+    weights = {name: w * (alpha / (2 * rank) if "lora_B" in name else 1) for name, w in weights.items()}
+    unknown = set_peft_model_state_dict(pipe.transformer, weights).unexpected_keys
+    if unknown:
+        raise ValueError(f"--lora-from {source} is for other layers than are trained here, such as {unknown[0]}")
 
 
 def four_bits(dtype: torch.dtype) -> PipelineQuantizationConfig:

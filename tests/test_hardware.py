@@ -207,19 +207,25 @@ def run_config(name: str, *argv, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env, timeout=300)
 
 
+def words_of_config(name: str, stand_ins: Path, *argv, **environment) -> list[str]:
+    """What a script of configs/ would start, word by word, without python or torchrun: stand-ins print it instead."""
+    for program in ("python", "torchrun"):
+        (stand_ins / program).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (stand_ins / program).chmod(0o755)
+    done = run_config(name, *argv, PATH=str(stand_ins), **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 CONFIGS = sorted(p.name for p in (HERE / "configs").glob("*.sh"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_needs_the_memory_it_states(name, tmp_path, capsys):
     """Its comment states the memory, the command of the plan and the sum. The plan of what it runs agrees, and fits."""
-    # The script is started with stand-ins for python and torchrun, which print what they are given, one word per line.
-    for program in ("python", "torchrun"):
-        (tmp_path / program).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-        (tmp_path / program).chmod(0o755)
     text = (HERE / "configs" / name).read_text().replace("\n#   ", " ")  # a comment goes on where it is indented
     stated = re.search(r"# Memory: ([\d.]+) GiB of [\d.]+, by `.*sh configs/(\S+) (--plan [^`]*)`", text)
-    words = run_config(name, *stated[3].split(), GPUS="1", PATH=str(tmp_path)).stdout.splitlines()
+    words = words_of_config(name, tmp_path, *stated[3].split(), GPUS="1")
 
     # What it would run is planned here.
     script = "train_video.py" if name.startswith("wan") else "train_image.py"
@@ -252,16 +258,23 @@ def test_a_config_trains_the_embedded_model(name, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["iterations"] == 1
 
 
-def test_a_day_with_a_gpu(tmp_path):
+def test_a_day_with_a_gpu(tmp_path, capsys, monkeypatch):
     """The commands of docs/gpu.md in their order, from the plan on, with the embedded model in place of FLUX.1-dev."""
     text = (HERE / "docs/gpu.md").read_text()
     commands = [line.split()[2:] for line in text.splitlines() if line.startswith("sh configs/flux_lora_24gb.sh")]
     assert len(commands) == 5 and commands[-1][-2:] == ["--iterations", "40"]
     small = (TINY + IMAGE).format(tmp_path).replace("--iterations 1 ", "").split()
+    monkeypatch.chdir(HERE)
+
+    def run(*argv) -> str:
+        """The script's command in this process, where the libraries are loaded already; the last line it printed."""
+        script, *words = words_of_config("flux_lora_24gb.sh", tmp_path, *argv)
+        assert script == "train_image.py"
+        train_image.main(words)
+        return capsys.readouterr().out.splitlines()[-1]
 
     # The plan, as it stands.
-    done = run_config("flux_lora_24gb.sh", *commands[0])
-    assert done.returncode == 0 and "fits" in done.stdout, done.stderr[-2000:]
+    assert "fits" in run(*commands[0])
 
     # A try, a run of four iterations, the same resumed, and the checkpoint after two of them made the model.
     steps = zip(commands[1:], (1, 4, 4, 2), (["--out", str(tmp_path / "try")], [], [], []))
@@ -270,9 +283,7 @@ def test_a_day_with_a_gpu(tmp_path):
             shutil.rmtree(tmp_path / "day/checkpoint-4")
         argv = [word.replace("runs/day", str(tmp_path / "day")) for word in words]
         argv += [*out, *small, "--save-every", "2", "--keep", "9", "--iterations", iterations]
-        done = run_config("flux_lora_24gb.sh", *argv)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert json.loads(done.stdout.splitlines()[-1])["iterations"] == iterations
+        assert json.loads(run(*argv))["iterations"] == iterations
 
     # The snippet that loads the LoRA.
     snippet = re.search(r"```py\n(.*?)```", text, re.S)[1]

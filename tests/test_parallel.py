@@ -59,12 +59,36 @@ def test_gradients_are_those_of_one_process(gradients_of_one, tmp_path, processe
         assert length > 0 and difference < 1e-5 * length, (case, difference / length)
 
 
-@pytest.mark.parametrize("what, error", [("score", "CannotScore"), ("loss", "NonFinite")])
-def test_an_error_of_one_process_stops_all(tmp_path, what, error):
-    """The second process alone meets a number that is not finite; both raise, so neither waits for the other."""
-    done = start("tests/workers.py", tmp_path, "--break", what, processes=2)
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """Two processes of which the second meets faults: what each raised, by case, and what they wrote to stderr."""
+    folder = tmp_path_factory.mktemp("faults")
+    done = start("tests/workers.py", folder, "--faults", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(done.stdout.splitlines()) == [f"process 0: {error}", f"process 1: {error}"]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], done.stderr
+
+
+@pytest.mark.parametrize(
+    "case, error, words",
+    [
+        ("score", "CannotScore", "colour"),
+        ("loss", "NonFinite", "is not finite"),
+        ("flag", "ValueError", "process 1 was started with --lr 2e-05, and the main process 1e-05"),
+        ("prompts", "ValueError", "process 1 was started with other prompts"),
+        ("folder", "ValueError", "is a file, not a folder"),
+    ],
+)
+def test_an_error_of_one_process_stops_all(faults, case, error, words):
+    """Both raise the same, so neither waits for the other."""
+    first, second = faults[0]
+    assert first[case] == second[case] and first[case][0] == error and words in first[case][1]
+
+
+def test_who_is_waited_for_is_said(faults):
+    """A process that takes its time is named with its place, one that was stopped as without a sign of life."""
+    slow, stopped = [line for line in faults[1].splitlines() if "waits for" in line][:2]
+    assert "process 0 is at rewards of all processes since" in slow and slow.endswith("process 1 (at rewards)")
+    assert "process 0 is at update" in stopped and "process 1 (at update, without a sign of life)" in stopped
 
 
 def test_a_run_continues_on_another_number_of_processes(tmp_path):
@@ -74,14 +98,16 @@ def test_a_run_continues_on_another_number_of_processes(tmp_path):
         done = start("train_image.py", *SMALL.split(), *flags.split(), "--out", tmp_path / name, processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
 
-    # Both again from their checkpoint after two iterations, each where the other ran.
+    # Both again, each where the other ran. The last checkpoint is damaged, so all processes take that of iteration 2.
     for name, processes, flags in (("one", 2, "--fsdp"), ("two", 1, "")):
         moved = tmp_path / f"{name}, moved"
         shutil.copytree(tmp_path / name, moved)
-        shutil.rmtree(moved / "checkpoint-4")
+        shard = moved / "checkpoint-4/__0_0.distcp"
+        shard.write_bytes(shard.read_bytes()[:-1])
         resumed = [*SMALL.split(), *flags.split(), "--out", moved, "--resume"]
         done = start("train_image.py", *resumed, processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert "checkpoint-4 is damaged" in done.stderr and "going on from checkpoint-2" in done.stderr
         assert json.loads(done.stdout.splitlines()[-1])["iterations"] == 4
 
     # All four have the same rows, up to rounding.

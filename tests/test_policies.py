@@ -20,6 +20,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.models.transformers import transformer_flux, transformer_wan
+from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 import loop
@@ -133,6 +134,52 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base(folder, tmp_pat
     fresh.load_lora_weights(tmp_path)
     loaded = FluxPolicy(fresh, 32, 64)
     assert torch.allclose(loaded.velocity(x, sigma, cond), trained, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def lora_file(folder, tmp_path_factory):
+    """A LoRA of rank 4 that was trained, and the policy that it was saved from."""
+    policy, out = load(folder, lora=4), tmp_path_factory.mktemp("lora") / "model"
+    move_weights(policy)
+    policy.save(out)
+    return out, policy
+
+
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_training_starts_from_a_lora(folder, lora_file, with_metadata, tmp_path):
+    """It has the velocity that diffusers gives the file, is trained, and its reference is the model below."""
+    source, trained = lora_file
+    if not with_metadata:  # a file that says nothing means alpha = rank, half of what alpha = 2 rank adds
+        weights = load_file(source / "pytorch_lora_weights.safetensors")
+        source = tmp_path / "bare.safetensors"
+        save_file(weights, source)
+    policy, pipe = load(folder, lora=4, lora_from=str(source)), FluxPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(source)
+
+    x, sigma, cond = torch.randn(2, *policy.latent_shape), torch.tensor([0.9, 0.4]), policy.encode(PROMPTS[:2])
+    expected = FluxPolicy(pipe, 32, 64).velocity(x, sigma, cond)
+    velocity = policy.velocity(x, sigma, cond)
+    assert torch.allclose(velocity, expected, atol=1e-6) and velocity.requires_grad
+    assert torch.equal(velocity, trained.velocity(x, sigma, cond)) == with_metadata
+    plain = load(folder).velocity(x, sigma, cond)
+    assert torch.allclose(policy.velocity(x, sigma, cond, reference=True), plain, atol=1e-6)
+    assert (velocity - plain).abs().max() > 1e-3
+
+
+def test_a_lora_that_does_not_fit_is_named(folder, lora_file, wan, tmp_path):
+    """Another rank, another model's layers, a file that is damaged or missing: one sentence each."""
+    source, _ = lora_file
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes((source / "pytorch_lora_weights.safetensors").read_bytes()[:1000])
+    for rank, file, words in (
+        (8, source, "has rank 4, and --lora is 8"),
+        (4, damaged, "cannot be loaded"),
+        (4, tmp_path / "missing", "cannot be loaded"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(folder, lora=rank, lora_from=str(file))
+    with pytest.raises(ValueError, match="for other layers than are trained here"):
+        WanPolicy.load(str(wan), 32, 32, 5, lora=4, lora_from=str(source))
 
 
 def test_reference_copy_without_lora(folder):

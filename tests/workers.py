@@ -1,10 +1,15 @@
 """What test_parallel.py starts with torchrun: one iteration of each case; the main process writes its gradients.
 
-python tests/workers.py FOLDER [FLAGS]             # in one process, or in as many as torchrun starts
-python tests/workers.py FOLDER --break score|loss  # the second process gets a score, or a loss, that is no number
+python tests/workers.py FOLDER [FLAGS]     # in one process, or in as many as torchrun starts
+python tests/workers.py FOLDER --faults    # the second process meets faults, is slow, and is stopped
 """
 
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -56,27 +61,69 @@ def gradients_of_an_iteration(run: Run) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def break_second_process(what: str, folder: str) -> None:
-    """Make the second process fail, and print which error each process meets: all must meet the same one."""
-    run = prepared_run(CASES["all weights"], folder)
-    if run.accelerator.process_index == 1:
-        run.rewards["colour"] = lambda pictures, prompts: torch.full((len(prompts),), torch.nan)
-        if what == "loss":  # without the check of `score`, the NaN reaches the loss
+def errors_of(folder: str) -> dict:
+    """What each fault raises on this process: case -> the error's class and text."""
+    accelerator = Accelerator(cpu=True)
+    second = accelerator.process_index == 1
+
+    # The second process alone gets a score that is no number.
+    broken = prepared_run(CASES["all weights"], folder)
+    healthy = broken.rewards["colour"]
+    if second:
+        broken.rewards["colour"] = lambda pictures, prompts: torch.full((len(prompts),), torch.nan)
+
+    # The second process has another learning rate, then other prompts. Then the main one cannot have its folder.
+    args, _, _, prompts, heldout = train_image.job(["--out", folder, "--lr", "2e-5" if second else "1e-5"])
+    same, *_ = train_image.job(["--out", f"{folder}/file/below"])
+    Path(folder, "file").write_text("")
+    cases = {
+        "score": lambda: loop.iterate(broken, 0),
+        "flag": lambda: launch.check_same_options(args, prompts, heldout),
+        "prompts": lambda: launch.check_same_options(same, prompts[second:], heldout),
+        "folder": lambda: launch.claim_folder(same, accelerator, prompts, heldout),
+        "loss": lambda: loop.iterate(broken, 0),
+    }
+    errors = {}
+    for case, call in cases.items():
+        if case == "loss" and second:  # without the check of `score`, the NaN reaches the loss
+            broken.rewards["colour"] = healthy
             rewards.score = lambda by_name, pictures, prompts: {
                 name: torch.full((len(prompts),), torch.nan) for name in by_name
             }
-    try:
-        loop.iterate(run, 0)
-    except (NonFinite, rewards.CannotScore) as error:
-        # One write per line, so that the lines of two processes do not mix.
-        sys.stdout.write(f"process {run.accelerator.process_index}: {type(error).__name__}\n")
+        try:
+            call()
+        except (ValueError, NonFinite, rewards.CannotScore) as error:
+            errors[case] = [type(error).__name__, str(error)]
+    return errors
+
+
+def hang() -> None:
+    """The main process waits for the second one, which first takes its time, then is stopped from outside."""
+    parallel.Lookout.BEAT, parallel.Lookout.PATIENCE = 0.1, 1.0
+    accelerator = Accelerator(cpu=True)
+    lookout = parallel.Lookout()
+    lookout.at("rewards")
+    if accelerator.process_index == 1:
+        time.sleep(2)
+    lookout.at("rewards of all processes")
+    accelerator.wait_for_everyone()
+
+    lookout.at("update")
+    if accelerator.process_index == 1:
+        time.sleep(0.5)  # until its place is known
+        subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    accelerator.wait_for_everyone()
+    lookout.close()
 
 
 def main() -> None:
     """See above."""
     folder, *flags = sys.argv[1:]
-    if flags[:1] == ["--break"]:
-        break_second_process(flags[1], folder)
+    if flags == ["--faults"]:
+        errors = errors_of(folder)
+        Path(folder, f"{Accelerator(cpu=True).process_index}.json").write_text(json.dumps(errors))
+        hang()
         return
     for name, case in CASES.items():
         run = prepared_run(f"{case} {' '.join(flags)}", folder)
