@@ -9,7 +9,7 @@ its own advantage.
 3. prune           choose the edges to train; rollouts and rewards are untouched
 4. flatten_edges   the kept edges as flat arrays, one row for every parent that still has one
 5. surrogate       the clipped loss of those edges; siblings share one forward and one backward       Eq. 5
-6. update          one optimiser step on it, over micro-batches and processes
+6. update          one optimiser step on it, or on another objective (objectives.py), over micro-batches and processes
 
 Direction of time: step i walks from sigma_i (depth i) to sigma_{i+1} (depth i + 1); depth 0 is noise.
 
@@ -199,7 +199,8 @@ def tail(policy, cond: Cond, x: Tensor, forest: Forest, sampler: Sampler, micro_
 
         # The first step stays Euler's: the estimate before it belongs to the parent, before noise was added, and is not
         # on this trajectory. The last one too: at sigma_T = 0 lambda, in which the solver steps, is infinite.
-        first, last = x0hat_before is None, i == forest.steps - 1
+        # And where the step before began at pure noise, sigma = 1 (no step was noisy), lambda is infinite there.
+        first, last = x0hat_before is None or sampler.sigmas[i - 1] == 1, i == forest.steps - 1
         if sampler.flash and not first and not last:
             mean = second_order(nodes, x0hat, x0hat_before, sampler.sigmas[i - 1 : i + 2].tolist())
 
@@ -273,24 +274,39 @@ def prune(
 
 # ------------------------------------------------------------------------------------------------- the loss, Eq. 5
 @dataclass
-class Edges:
+class Rows:
+    """What an objective trains on: N rows, each of which takes one forward and one backward.
+
+    x (N, *latent): the latents at which the velocity is asked for. prompt (N,): whose conditioning a row needs. weight:
+    of each term of the loss; (N,) where a row has one term.
+    """
+
+    x: Tensor
+    prompt: Tensor
+    weight: Tensor
+
+    def of_edges(self, name: str) -> bool:
+        """Has this field one entry per edge, and not one per row? See Edges."""
+        return False
+
+
+@dataclass
+class Edges(Rows):
     """Kept stochastic edges as flat arrays: N parents, one row each, and E >= N edges sorted by parent.
 
     x (N, *latent), step (N,), prompt (N,): of a parent. child (E, *latent), parent (E,) index into the N rows,
     advantage (E,), logp_old (E,), weight (E,): of an edge.
     """
 
-    x: Tensor
     step: Tensor
-    prompt: Tensor
     child: Tensor
     parent: Tensor
     advantage: Tensor
     logp_old: Tensor
-    weight: Tensor
 
-
-PARENT_FIELDS = ("x", "step", "prompt")  # the other fields of Edges have one entry per edge
+    def of_edges(self, name: str) -> bool:
+        """Has this field one entry per edge, and not one per parent?"""
+        return name not in ("x", "step", "prompt")
 
 
 def flatten_edges(
@@ -341,39 +357,45 @@ def flatten_edges(
     return Edges(**{name: torch.cat(tensors).to(out.latents[0].device) for name, tensors in columns.items()})
 
 
-def micro_batch_of(edges: Edges, rows: slice, device) -> Edges:
-    """The parents at `rows` and their edges, on the device that computes."""
+def micro_batch_of(batch: Rows, rows: slice, device) -> Rows:
+    """Some rows of a batch, parents with their edges, on the device that computes."""
     # Edges are sorted by parent, so those of rows a:b are contiguous: parent [0,1,1,2], rows 1:2 -> edges 1:3.
-    ends = torch.tensor([rows.start, rows.stop], device=edges.parent.device)
-    between = slice(*torch.searchsorted(edges.parent, ends).tolist())
-    fields = {name: getattr(edges, name)[rows if name in PARENT_FIELDS else between] for name in vars(edges)}
+    between = slice(0, 0)
+    if isinstance(batch, Edges):
+        ends = torch.tensor([rows.start, rows.stop], device=batch.parent.device)
+        between = slice(*torch.searchsorted(batch.parent, ends).tolist())
+    tensors = {name: value for name, value in vars(batch).items() if value is not None}
+    fields = {name: value[between if batch.of_edges(name) else rows] for name, value in tensors.items()}
 
     # Their parents are numbered from 0 again.
-    fields["parent"] = fields["parent"] - rows.start
-    return Edges(**{name: value.to(device) for name, value in fields.items()})
+    if isinstance(batch, Edges):
+        fields["parent"] = fields["parent"] - rows.start
+    return type(batch)(**{name: value.to(device) for name, value in fields.items()})
 
 
-def split_parents(edges: Edges, n: int, seed: list[int]) -> list[Edges]:
-    """The parents, with their edges, dealt at random into n sets whose sizes differ by one at most.
+def split_parents(batch: Rows, n: int, seed: list[int]) -> list[Rows]:
+    """The rows, parents with their edges, dealt at random into n sets whose sizes differ by one at most.
 
     Args:
         n: >= 1, the number of sets, for --updates-by parents.
-        seed: keys the permutation. Processes with equally many parents get sets of equal sizes.
+        seed: keys the permutation. Processes with equally many rows get sets of equal sizes.
     """
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(edges.x)))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(batch.x)))
     subsets = []
     for rows in order.tensor_split(n):
-        # New numbers for the chosen parents, -1 for the others: rows [0,2]
-        # of 3 -> [0,-1,1]. In order, so edges stay sorted.
-        rows = rows.sort().values.to(edges.parent.device)
-        number = torch.full((len(edges.x),), -1, device=rows.device)
-        number[rows] = torch.arange(len(rows), device=rows.device)
+        rows, chosen = rows.sort().values.to(batch.x.device), None  # in order, so edges stay sorted
 
-        # An edge goes where its parent goes.
-        chosen = (number[edges.parent] >= 0).nonzero()[:, 0]
-        fields = {name: getattr(edges, name)[rows if name in PARENT_FIELDS else chosen] for name in vars(edges)}
-        fields["parent"] = number[fields["parent"]]
-        subsets.append(Edges(**fields))
+        # An edge goes where its parent goes. New numbers for the chosen parents, -1 for the others: rows [0,2] of 3 ->
+        # [0,-1,1].
+        if isinstance(batch, Edges):
+            number = torch.full((len(batch.x),), -1, device=rows.device)
+            number[rows] = torch.arange(len(rows), device=rows.device)
+            chosen = (number[batch.parent] >= 0).nonzero()[:, 0]
+        tensors = {name: value for name, value in vars(batch).items() if value is not None}
+        fields = {name: value[chosen if batch.of_edges(name) else rows] for name, value in tensors.items()}
+        if isinstance(batch, Edges):
+            fields["parent"] = number[fields["parent"]]
+        subsets.append(type(batch)(**fields))
     return subsets
 
 
@@ -423,52 +445,58 @@ def surrogate(
 
 
 # ----------------------------------------------------------------------------------------------------------- the update
-def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sampler, args) -> dict[str, float]:
-    """One optimiser step on the kept edges of this process and of all others (Eq. 5).
+def update(
+    policy, optimizer, accelerator, batch: Rows, cond: Cond, sampler: Sampler, args, objective=surrogate
+) -> dict[str, float]:
+    """One optimiser step on the kept edges, or other rows, of this process and of all others (Eq. 5).
 
-    loss = sum_e w_e loss_e / sum_e w_e + args.kl * mean over trained parents of their KL, with w_e from edges.weight;
-    both means run over all micro-batches and processes.
+    loss = sum_e w_e loss_e / sum_e w_e + args.kl * mean over rows of their KL, with w_e from batch.weight; both means
+    run over all micro-batches and processes.
 
     Args:
+        batch: what `objective` trains on; Edges by default.
         args: options clip, kl, micro_batch, max_grad_norm.
+        objective: `surrogate`, or a function of objectives.py with its arguments and results.
 
     Returns:
-        loss, ratio_dev = max |rho - 1|, clip_frac, grad_norm, and kl where it is computed; {} if nothing is trained.
+        loss, grad_norm, where there are ratios ratio_dev = max |rho - 1| and clip_frac, and kl where it is computed; {}
+        if nothing is trained.
 
     Raises:
         NonFinite: on every process at once, before the optimiser steps.
     """
-    device = next(iter(cond.values())).device  # the edges may lie elsewhere
-    n_parents, n_edges = len(edges.x), len(edges.child)
+    device = next(iter(cond.values())).device  # the rows may lie elsewhere
+    n_rows, n_terms = len(batch.x), len(batch.weight)
 
-    # The divisors of both means. Forests are regular, so all processes hold equally many parents, and either all train
+    # The divisors of both means. Forests are regular, so all processes hold equally many rows, and either all train
     # or none does. The reduction comes before the return, since it waits for every process.
-    total = torch.tensor([float(edges.weight.sum()), float(n_parents)], device=device)
-    total_weight, total_parents = accelerator.reduce(total, "sum")
+    total = torch.tensor([float(batch.weight.sum()), float(n_rows)], device=device)
+    total_weight, total_rows = accelerator.reduce(total, "sum")
     if not total_weight:  # on every process alike: a window may leave nothing to train
         return {}
 
     sums = torch.zeros(3, device=device)  # loss, fraction of edges with |rho - 1| > c (whatever A), kl
     ratio_dev = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
-    size = args.micro_batch or n_parents
-    for start in range(0, n_parents, size):
-        rows = slice(start, min(start + size, n_parents))
-        batch = micro_batch_of(edges, rows, device)
+    size = args.micro_batch or n_rows
+    for start in range(0, n_rows, size):
+        rows = slice(start, min(start + size, n_rows))
+        part = micro_batch_of(batch, rows, device)
 
         # Gradients of micro-batches add up. DDP averages them over processes, which it need do in the last one only.
-        last = rows.stop == n_parents
+        last = rows.stop == n_rows
         with nullcontext() if last else accelerator.no_sync(policy.transformer):
-            loss, ratio, kl = surrogate(policy, batch, cond, sampler, args.clip, with_kl=args.kl > 0)
-            loss = (batch.weight * loss).sum() / total_weight
-            kl = torch.zeros((), device=device) if kl is None else kl.sum() / total_parents
+            loss, ratio, kl = objective(policy, part, cond, sampler, args.clip, with_kl=args.kl > 0)
+            loss = (part.weight * loss).sum() / total_weight
+            kl = torch.zeros((), device=device) if kl is None else kl.sum() / total_rows
 
             # An average over processes of sums over their own edges: times their number it is the sum over all edges.
             accelerator.backward((loss + args.kl * kl) * accelerator.num_processes)
 
         with torch.no_grad():
-            ratio_dev = torch.maximum(ratio_dev, (ratio - 1).abs().max())
-            clipped = ((ratio - 1).abs() > args.clip).float().sum() / n_edges
+            away = torch.zeros(1, device=device) if ratio is None else (ratio - 1).abs()
+            ratio_dev = torch.maximum(ratio_dev, away.max())
+            clipped = (away > args.clip).float().sum() / n_terms
             sums += torch.stack([loss + args.kl * kl, clipped, kl])
 
     # Every process sees the same sums and the same norm, so all stop together or none does.
@@ -480,4 +508,6 @@ def update(policy, optimizer, accelerator, edges: Edges, cond: Cond, sampler: Sa
 
     stats = {"loss": sums[0], "ratio_dev": accelerator.gather(ratio_dev).max(), "grad_norm": grad_norm}
     stats |= {"clip_frac": sums[1] / accelerator.num_processes} | ({"kl": sums[2]} if args.kl else {})
+    if ratio is None:
+        del stats["ratio_dev"], stats["clip_frac"]
     return {name: float(value) for name, value in stats.items()}

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from objectives import OBJECTIVES, ON_LEAVES, rows_per_prompt
 from rewards import REWARDS, parse_weights
 from schedules import DANCE_STEPS, METHODS, TREES, WINDOWED, schedule_of
 from sde import STEPS
-from tree import ADVANTAGES, count, make_forest, parse_splits, spread_splits
+from tree import ADVANTAGES, count, keep_chosen, make_forest, parse_splits, spread_splits
 
 HERE = Path(__file__).parent
 TREE_FLAGS = ("branch", "splits", "roots", "branch_noise", "width_prune", "depth_prune")
@@ -328,6 +329,8 @@ def add_credit_flags(steps, g) -> None:
     )
     steps("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
 
+    g("--objective", choices=OBJECTIVES, default="surrogate", help="what is learnt from the leaves, see objectives.py")
+    g("--noise-draws", type=COUNT, help="of elbo and nft: noised copies of every leaf; default: 2 (LAB.md)")
     g("--reward", help=f"name:weight,... of {', '.join(REWARDS)}")
     g("--reward-mix", choices=("reward", "advantage"), default="reward", help="what is summed, see loop.py")
     g("--reward-weights", metavar="DIR", help="folder of preference models' REPOSITORY/FILE; default: the hub's cache")
@@ -511,13 +514,36 @@ def check(args) -> None:
         raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
     if args.nf4 and args.fsdp:
         raise ValueError("--nf4 does not go with --fsdp: packed weights cannot be split")
+    check_objective(args)
     forest = schedule_of(args, 0).forest
-    if forest.last_stochastic < 0:
-        raise ValueError("no step would be noisy, so none trained: give --splits, --mix or fewer --roots")
     first_end = forest.last_split + (args.depth_prune or 0)
     if args.depth_prune is not None and args.depth_stop is not None and args.depth_stop < first_end:
         window = f"the end of the first window of --depth-prune {args.depth_prune}, step {first_end}"
         raise ValueError(f"--depth-stop {args.depth_stop} lies before {window}: the window would never move")
+
+
+def check_objective(args) -> None:
+    """The objective finds what it trains, and no flag is given that it has no use for.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    forest = schedule_of(args, 0).forest
+    name = args.objective
+    if name not in ON_LEAVES and forest.last_stochastic < 0:
+        raise ValueError("no step would be noisy, so none trained: give --splits, --mix or fewer --roots")
+    if name == "endpoint" and not forest.splits:
+        raise ValueError("--objective endpoint compares siblings: give --splits, or a method that branches")
+
+    # Pruning and loss weights are about noisy edges, of which these train the splits only, or none.
+    if name != "surrogate":
+        for flag in (*PRUNE_FLAGS, "timestep_fraction", "loss_weight"):
+            if args.origin.get(flag) == "given":
+                raise ValueError(f"--{flag.replace('_', '-')} does not go with --objective {name}")
+    if name in ON_LEAVES:
+        fill(args, "noise_draws", 2, "LAB.md")
+    elif args.noise_draws is not None:
+        raise ValueError(f"--noise-draws does not go with --objective {name}: it is for {', '.join(ON_LEAVES)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- describe
@@ -544,16 +570,19 @@ def describe(args, prompts: list[str], heldout: list[str]) -> str:
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         rows.append(f"  --{name.replace('_', '-'):<22} {shown:<24} {args.origin.get(name, '')}".rstrip())
 
-    n, p = count(schedule_of(args, 0).forest), args.prompts_per_iteration
+    forest, p = schedule_of(args, 0).forest, args.prompts_per_iteration
+    n, trained = count(forest), rows_per_prompt(args, forest, keep_chosen(forest, 1))
     rows += [
         f"prompts        {len(prompts)} to train on, {len(heldout)} held out",
         f"leaves         {p} prompts x {n['leaves']} = {p * n['leaves']} per iteration",
         f"nodes          {p} x {n['nodes']}, edges {p} x {n['edges']} (sums over depths of the nodes per depth)",
         f"forwards       {p} x {n['forwards']} = {p * n['forwards']} (every node but the leaves)",
-        f"trained edges  {p} x {n['trainable']} of {n['trained_parents']} parents, before pruning, at iteration 0",
+        f"trained edges  {p} x {n['trainable']} of {trained} parents, before pruning, at iteration 0"
+        if args.objective == "surrogate"
+        else f"trained rows   {p} x {trained} = {p * trained}, see objectives.py",
         f"updates        {args.iterations} iterations x {args.updates} = {args.iterations * args.updates}",
     ]
-    if args.updates == 1:
+    if args.updates == 1 and args.objective in ("surrogate", "elbo"):  # the others have no ratio
         rows.append("on-policy      with --updates 1 every ratio is 1 and nothing is ever clipped")
     if args.width_prune is not None or args.depth_prune is not None:
         rows.append(f"unpruned       {unpruned_command(args)}")

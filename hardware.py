@@ -29,6 +29,7 @@ import torch
 
 import flags
 from branchgrpo import prune
+from objectives import rows_per_prompt
 from rewards import parse_weights
 from schedules import schedule_of
 from tree import count
@@ -152,13 +153,17 @@ REWARDS = CLIPS | {"imagereward": 447e6, "videoalign": 2.3e9}  # parameters
 
 # ------------------------------------------------------------------------------------------------------ counts, seconds
 def counted(args, iteration: int) -> dict[str, float]:
-    """One prompt's counts of one iteration, from the schedule alone; see `tree.count`."""
+    """One prompt's counts of one iteration, from the schedule alone; see `tree.count`.
+
+    trained_parents are the rows that --objective trains.
+    """
     schedule = schedule_of(args, iteration)
     forest, depth_window = schedule.forest, schedule.depth_window
 
     # Which edges width pruning keeps depends on the rewards, but how many does not, so any rewards will do.
     rewards = torch.zeros(1, forest.leaves)
-    return count(forest, prune(forest, rewards, args.width_prune, depth_window, schedule.trained_steps))
+    keep = prune(forest, rewards, args.width_prune, depth_window, schedule.trained_steps)
+    return count(forest, keep) | {"trained_parents": rows_per_prompt(args, forest, keep)}
 
 
 def slide(args) -> range:

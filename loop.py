@@ -27,21 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards as R
-from branchgrpo import (
-    Edges,
-    NonFinite,
-    Rollout,
-    credit,
-    flatten_edges,
-    generators,
-    prune,
-    rollout,
-    sample_ode,
-    split_parents,
-    update,
-)
+from branchgrpo import NonFinite, Rollout, Rows, credit, generators, prune, rollout, sample_ode, split_parents, update
 from checkpoint import Log, Run, save_checkpoint
 from disk import replacing
+from objectives import OBJECTIVES, ON_LEAVES, remember_velocity, rows_per_prompt
 from parallel import together
 from prompts import own_prompts
 from schedules import schedule_of
@@ -152,21 +141,23 @@ def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tens
     return rewards, summed[-1], summed
 
 
-def minibatches(run: Run, iteration: int, edges_of, prompts: int) -> list[Edges]:
-    """The edges of each of the iteration's --updates optimiser steps.
+def minibatches(run: Run, iteration: int, rows_of, prompts: int) -> list[Rows]:
+    """The rows of each of the iteration's --updates optimiser steps.
 
-    --updates-by prompts gives each step some of the prompts, with all their edges. parents gives each step a random
-    subset of the trained parents of all prompts, so that one prompt per process can make several steps.
+    --updates-by prompts gives each step some of the prompts, with all their rows. parents gives each step a random
+    subset of the rows of all prompts, so that one prompt per process can make several steps.
 
     Args:
-        edges_of: flattens the edges of the prompts whose indices it is given.
+        rows_of: makes the rows of the prompts whose indices it is given.
         prompts: of this process.
     """
     args = run.args
     if args.updates_by == "prompts":
-        return [edges_of(rows) for rows in torch.arange(prompts).chunk(args.updates)]  # launch.py: they divide evenly
+        return [
+            rows_of(subset) for subset in torch.arange(prompts).chunk(args.updates)
+        ]  # launch.py: they divide evenly
     seed = [args.seed, iteration, 3, run.accelerator.process_index]  # 3: this stream; schedules have 1, prompts 2
-    return split_parents(edges_of(torch.arange(prompts)), args.updates, seed)
+    return split_parents(rows_of(torch.arange(prompts)), args.updates, seed)
 
 
 def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
@@ -203,13 +194,19 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     for group in run.optimizer.param_groups:
         group["lr"] = row["lr"]
 
-    def edges_of(rows: Tensor) -> Edges:
-        return flatten_edges(out, forest, keep, advantages, rows, args.loss_weight, schedule.step_weight)
+    make_rows, objective = OBJECTIVES[args.objective]
 
+    def rows_of(subset: Tensor) -> Rows:
+        return make_rows(out, forest, keep, advantages, subset, rng, args, schedule.step_weight)
+
+    # With several optimiser steps, those on noised leaves compare with the policy as it is before the first of them.
     run.at(f"iteration {iteration + 1}: update")
-    stats = []
-    for edges in minibatches(run, iteration, edges_of, len(prompts)):
-        stats.append(update(policy, run.optimizer, acc, edges, cond, sampler, args))
+    batches, stats = minibatches(run, iteration, rows_of, len(prompts)), []
+    if args.objective in ON_LEAVES and args.updates > 1:
+        for batch in batches:
+            remember_velocity(policy, batch, cond, args.micro_batch)
+    for batch in batches:
+        stats.append(update(policy, run.optimizer, acc, batch, cond, sampler, args, objective))
         if run.ema:
             run.ema.step(policy.trainable())
     row["seconds_train"] = lap()
@@ -217,8 +214,9 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     # 6. What is logged. Of several optimiser steps the mean; ratio_dev of the first, where it must be rounding alone.
     trained = [s for s in stats if s]
     row |= {name: float(np.mean([s[name] for s in trained])) for name in (trained[0] if trained else {})}
-    row |= {"ratio_dev": stats[0]["ratio_dev"]} if stats[0] else {}
+    row |= {"ratio_dev": stats[0]["ratio_dev"]} if "ratio_dev" in stats[0] else {}
     row |= rollout_metrics(run, out, forest, keep, leaf_rewards, scores)
+    row["trained_edges"] = sum(len(batch.weight) for batch in batches) * acc.num_processes
     return row, {"leaf_rewards": leaf_rewards, "advantages": torch.cat(advantages, 1)}
 
 
@@ -227,16 +225,15 @@ def rollout_metrics(run: Run, out: Rollout, forest: Forest, keep, leaf_rewards: 
     args, acc = run.args, run.accelerator
     rewards = acc.gather(leaf_rewards.to(acc.device))  # (P of all processes, leaves)
     spread = rewards.std(1, correction=0)
-    counts = count(forest, keep)
+    trained, again = rows_per_prompt(args, forest, keep), args.objective in ON_LEAVES and args.updates > 1
     return {
         "reward_mean": rewards.mean().item(),
         "reward_std": spread.mean().item(),
         "prompts_without_spread": int((spread < EQUAL).sum()),
         "effective_leaves": effective_leaves(out.path_logp(forest), forest, args.fusion_beta).mean().item(),
         "leaves": forest.leaves,
-        "trained_edges": counts["trainable"] * args.prompts_per_iteration,
         # Evaluations of the transformer, in rollout and training. (The paper's NFE new is `kept` of tree.count.)
-        "nfe": (counts["forwards"] + counts["trained_parents"]) * args.prompts_per_iteration,
+        "nfe": (count(forest)["forwards"] + trained * (1 + again)) * args.prompts_per_iteration,
         "peak_gib": peak_gib(acc.device),
     } | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
 

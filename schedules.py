@@ -12,6 +12,7 @@ Those three things are a Forest (tree.py), so each method is one function from t
 | mixgrpo        | 1      | the window's first | leaves | a window that slides over training         | ODE prefix     |
 | flowgrpo-fast  | 1      | one random step    | leaves | that step and the next                     | ODE prefix     |
 | tempflow       | 1      | one random step    | leaves | that step; loss weight std_i, of mean 1    | ODE prefix     |
+| ode            | leaves | none               | -      | none: for objectives on noised leaves      | nothing        |
 
 1. METHODS        method -> the forest of an iteration
 2. schedule_of    that forest with what changes over training: noise levels, trained steps, depth window, loss weights
@@ -79,6 +80,11 @@ def tempflow(args, iteration: int, rng: np.random.Generator) -> Forest:
     return make_forest(args.steps, args.leaves, (step,), chosen=())
 
 
+def ode(args, iteration: int, rng: np.random.Generator) -> Forest:
+    """Independent deterministic trajectories, for objectives that need no density (--objective elbo, nft)."""
+    return make_forest(args.steps, 2, (), roots=args.leaves, chosen=())
+
+
 METHODS = {  # --method -> the forest of an iteration
     "branchgrpo": branchgrpo,
     "branchgrpo-mix": branchgrpo_mix,
@@ -87,6 +93,7 @@ METHODS = {  # --method -> the forest of an iteration
     "mixgrpo": mixgrpo,
     "flowgrpo-fast": flowgrpo_fast,
     "tempflow": tempflow,
+    "ode": ode,
 }
 TREES = ("branchgrpo", "branchgrpo-mix")  # shaped by the tree flags; the shapes of the others are fixed
 WINDOWED = ("branchgrpo-mix", "mixgrpo")

@@ -91,7 +91,7 @@ MUTANTS = [
     ("branchgrpo", "return -torch.minimum(", "return -torch.maximum("),
     ("branchgrpo", "ratio.clamp(1 - clip, 1 + clip) * advantage)", "ratio.clamp(max=1 + clip) * advantage)"),
     ("branchgrpo", "(logp - edges.logp_old).exp()", "(logp - edges.logp_old.roll(1)).exp()"),
-    ("branchgrpo", "(batch.weight * loss).sum() / total_weight", "(batch.weight * loss).mean()"),
+    ("branchgrpo", "(part.weight * loss).sum() / total_weight", "(part.weight * loss).mean()"),
     ("branchgrpo", "(mean - mean_ref) ** 2 / (2 * std**2)", "(mean - mean_ref) ** 2 / std**2"),
     ("branchgrpo", "cond = take_cond(cond, edges.prompt)", "cond = take_cond(cond, edges.prompt * 0)"),
     ("branchgrpo", ".float() * factor)", ".float())"),
