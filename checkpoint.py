@@ -19,9 +19,10 @@ import json
 import os
 import re
 import secrets
-import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,13 +35,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import parallel
 from branchgrpo import NonFinite, Sampler
-from disk import cannot_write, damage, list_files, read_json, sync, write_durably
+from disk import cannot_write, damage, list_files, read_json, remove, sync, write_durably
 from flags import HERE, MAY_CHANGE
 from preference import to_uint8
 from prompts import digest_of
 from rewards import Reward
 from schedules import noise_sharing
 from sde import sigma_schedule
+
+WRITTEN = ("model", "metrics.jsonl", "before.safetensors", "curves.png", "tree.png")  # beside checkpoints
+WRITTEN += ("before_after.png", "before_after.mp4", "before_after.gif")
 
 
 @dataclass
@@ -91,16 +95,31 @@ def find_out(args) -> str:
     # A new run never writes into another's folder. The random end keeps two apart that start in the same second.
     if args.resume is None:
         out = args.out or f"runs/{args.method}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        if (Path(out) / "options.json").exists():
+        if holds_run(out):
             raise ValueError(f"--out {out} holds a run: add --resume to continue it, or name another folder")
+        taken = [name for name in WRITTEN if (Path(out) / name).exists()]
+        if taken:
+            raise ValueError(f"--out {out} holds {', '.join(taken)}, which a run would replace: name another folder")
         return out
 
     # --resume FOLDER, or --resume with --out FOLDER, or the newest run under runs/.
     runs = sorted(Path("runs").glob("*/options.json"), key=lambda path: path.stat().st_mtime)
     out = args.resume or args.out or (str(runs[-1].parent) if runs else "runs")
-    if not (Path(out) / "options.json").exists():
+    if not holds_run(out):
         raise ValueError(f"--resume: {out} holds no run (no options.json)")
     return out
+
+
+def holds_run(out: str) -> bool:
+    """Whether a run has begun in a folder.
+
+    Raises:
+        ValueError: if nobody can say: the name is too long, or the folder another user's.
+    """
+    try:
+        return (Path(out) / "options.json").exists()
+    except OSError as error:
+        raise ValueError(f"the run's folder {out} cannot be read: {error.strerror}") from error
 
 
 def same_place(value):
@@ -124,17 +143,36 @@ def options_to_keep(args, prompts: list[str], heldout: list[str]) -> dict:
     options = {name: same_place(value) if name in ("model", "lora_from") else value for name, value in options.items()}
     options["sha256-of-prompts"] = digest_of(prompts, heldout)
     options = json.loads(json.dumps(options))  # tuples become lists, as on disk
+    out = Path(args.out)
     if args.resume is None:
+        check_names(out, args.iterations, [])
         return options | {"run": secrets.token_hex(16)}
 
-    kept = read_json(Path(args.out) / "options.json", "without it the run cannot be continued")
-    done = [iteration_of(path) for path in checkpoints(Path(args.out))]
-    for name, value in kept.items():
-        if name in ("run", "sha256-of-model"):  # the former names the run, the latter is compared once it is loaded
-            continue
-        now = options.get(name)
-        extended = name == "iterations" and (now in done or now > value)
-        if now != value and not extended:
+    kept = read_json(out / "options.json", "without it the run cannot be continued")
+    own = checkpoints(out)
+    check_names(out, args.iterations, own)
+
+    # "run" names the run, the model is compared once it is loaded. Another version may have had other options, or
+    # fewer: what the run did then is not known.
+    compared = kept.keys() - {"run", "sha256-of-model"}
+    unknown = sorted(compared ^ options.keys())
+    if unknown:
+        flag, (has, lacks) = (
+            unknown[0].replace("_", "-"),
+            ("the run", "this script")[:: 1 if unknown[0] in kept else -1],
+        )
+        raise ValueError(
+            f"--resume: {has} has --{flag}, {lacks} does not: go on with the script and version it began with"
+        )
+    for name in sorted(compared):
+        value, now = kept[name], options[name]
+        if name == "iterations" and isinstance(value, int) and now != value:
+            shorter = out / f"checkpoint-{now}"
+            if now < value and shorter in own and (wrong := damage(shorter, manifest_of(shorter).get("files"))):
+                raise ValueError(f"--resume --iterations {now}: {shorter} is damaged ({wrong}), there is no such model")
+            if now > value or shorter in own:
+                continue
+        if now != value:
             flag = name.replace("_", "-")
             raise ValueError(f"--resume: the run has --{flag} {value}, not {now}; give the same flags")
     return kept | options
@@ -149,20 +187,43 @@ def iteration_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def manifest_of(checkpoint: Path) -> dict:
+    """What a checkpoint's list says; nothing where it is missing or torn, as in other people's folders."""
+    try:
+        return read_json(checkpoint / MANIFEST, "")
+    except ValueError:
+        return {}
+
+
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints that the run of this folder wrote, oldest first, whole or not (`whole_checkpoint` says)."""
-    identity = read_json(out / "options.json", "it says whose checkpoints these are")["run"]
+    """The checkpoints that the run of this folder wrote, oldest first, whole or not (`whole_checkpoint` says).
+
+    Raises:
+        ValueError: if its options.json is missing or damaged.
+    """
+    identity = read_json(out / "options.json", "it says whose checkpoints these are").get("run")
+    if not isinstance(identity, str):
+        raise ValueError(f"{out}/options.json is damaged (it names no run): it says whose checkpoints these are")
     own = []
     for path in out.glob("checkpoint-*"):
-        manifest = path / MANIFEST
-        if re.fullmatch(r"checkpoint-\d+", path.name) and manifest.is_file():
-            try:
-                listed = json.loads(manifest.read_text(encoding="utf-8"))
-            except ValueError:
-                continue  # torn: nobody's
-            if listed.get("run") == identity and listed.get("iteration") == iteration_of(path):
-                own.append(path)
+        listed = manifest_of(path)
+        if listed.get("run") == identity and path.name == f"checkpoint-{listed.get('iteration')}":
+            own.append(path)
     return sorted(own, key=iteration_of)
+
+
+def check_names(out: Path, iterations: int, own: list[Path]) -> None:
+    """The names that checkpoints will get are free, or those of this run's own.
+
+    Raises:
+        ValueError: if another's folder has one: the run would end where it wants to save.
+    """
+    for path in out.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if re.fullmatch("[1-9][0-9]*", number) and int(number) <= iterations and path not in own:
+            raise ValueError(
+                f"{path} is in the way: it is no checkpoint of this run, or its {MANIFEST} is torn; move it"
+            )
 
 
 def whole_checkpoint(out: Path, iterations: int) -> Path | None:
@@ -175,7 +236,7 @@ def whole_checkpoint(out: Path, iterations: int) -> Path | None:
     """
     notes = []
     for path in reversed([path for path in checkpoints(out) if iteration_of(path) <= iterations]):
-        wrong = damage(path, json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
+        wrong = damage(path, manifest_of(path).get("files"))
         if wrong is None:
             for note in notes:
                 print(f"{note}: going on from {path.name}", file=sys.stderr)
@@ -192,24 +253,29 @@ def save_checkpoint(run: Run) -> None:
     Every process must call it.
 
     Raises:
-        NonFinite: on every process, if a weight is not finite: the checkpoint before stays the newest.
+        NonFinite: on every process, if what it keeps is not finite: the checkpoint before stays the newest.
         ValueError: on every process, if the disk is full or cannot be written.
     """
     run.at(f"checkpoint {run.iteration}")
     final, unfinished = run.out / f"checkpoint-{run.iteration}", run.out / ".writing"
     main = run.accelerator.is_main_process
 
-    # Weights that a step has ruined are not kept.
-    finite = all(weight.isfinite().all() for weight in run.policy.trainable())
-    ruined = f"a weight is not finite after iteration {run.iteration}: the checkpoint before it stays the newest"
-    parallel.together(None if finite else ruined, NonFinite)
+    # What a step has ruined is not kept: a run that goes on from it would end in the same way, each time.
+    kept = {
+        "a weight": run.policy.trainable(),
+        "an averaged weight": run.ema.shadow_params if run.ema else [],
+        "a moment of the optimiser": [x for state in run.optimizer.state.values() for x in state.values()],
+    }
+    for name, tensors in kept.items():
+        ruined = f"{name} is not finite after iteration {run.iteration}: the checkpoint before it stays the newest"
+        parallel.together(None if all(x.isfinite().all() for x in tensors) else ruined, NonFinite)
 
     # All processes write their pieces into the folder of the main one: not before it is there, not after it is renamed.
     # What a full disk raises depends on who meets it first: OSError, RuntimeError, or torch's own, no Exception at all.
     error = None
     try:
         if main:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            remove(unfinished)
             unfinished.mkdir()
     except OSError as raised:
         error = cannot_write(final, raised)
@@ -217,7 +283,8 @@ def save_checkpoint(run: Run) -> None:
     try:
         parallel.save(run, unfinished)
     except (Exception, CheckpointException) as raised:
-        error = cannot_write(final, raised)
+        failures = getattr(raised, "failures", None) or {0: (raised,)}  # torch's own holds that of each process
+        error = cannot_write(final, next(iter(failures.values()))[0])
     parallel.together(error, ValueError)
 
     # The list of files comes last, and the name after it. Then older checkpoints of this run go.
@@ -228,11 +295,15 @@ def save_checkpoint(run: Run) -> None:
             listed = {"run": run.identity, "iteration": run.iteration, "files": list_files(unfinished, MANIFEST)}
             write_durably(unfinished / MANIFEST, json.dumps(listed, indent=1))
             if final in checkpoints(run.out):
-                shutil.rmtree(final)
+                remove(final)
             os.replace(unfinished, final)
             sync(run.out)
-            for old in checkpoints(run.out)[: -run.args.keep]:
-                shutil.rmtree(old)
+            # Later ones were passed over, or are of a longer run: they must not push out the one just written.
+            earlier = [path for path in checkpoints(run.out) if iteration_of(path) <= run.iteration]
+            for old in earlier[: -run.args.keep]:
+                remove(old)
+    except ValueError as raised:
+        error = raised
     except OSError as raised:
         error = cannot_write(final, raised)
     parallel.together(error, ValueError)
@@ -257,8 +328,24 @@ class Log:
         if not self.main:
             return
 
-        # The rows up to the checkpoint, which are all there are in a new run: none.
         self.path = run.out / "metrics.jsonl"
+        with self.written():
+            self.begin(run)
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """One sentence where the disk is full, or something else stands in the way.
+
+        Raises:
+            ValueError: see `cannot_write`.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(Path(error.filename or self.path), error) from error
+
+    def begin(self, run: Run) -> None:
+        """Write the rows up to the checkpoint, of which a new run has none, and start the tracker."""
         self.path.write_text("".join(json.dumps(row) + "\n" for row in run.history))
 
         # W&B continues a run by its id: a hash of the folder, so that it is found again.
@@ -273,8 +360,12 @@ class Log:
     def write(self, row: dict, pictures: Tensor | None = None, histograms: dict[str, Tensor] | None = None) -> None:
         """Append one row; scalars and pictures (B, 3, H, W) to the tracker, histograms to TensorBoard."""
         self.run.history.append(row)
-        if not self.main:
-            return
+        if self.main:
+            with self.written():
+                self.append(row, pictures, histograms or {})
+
+    def append(self, row: dict, pictures: Tensor | None, histograms: dict[str, Tensor]) -> None:
+        """`write`, on the main process."""
         with self.path.open("a") as f:
             f.write(json.dumps(row) + "\n")
 
@@ -284,5 +375,5 @@ class Log:
             layout = {"dataformats": "NHWC"} if tensorboard else {}
             self.tracker.log_images({"heldout": to_uint8(pictures)}, step=iteration, **layout)
         if tensorboard:
-            for name, values in (histograms or {}).items():
+            for name, values in histograms.items():
                 self.tracker.writer.add_histogram(name, values, iteration)

@@ -21,8 +21,10 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def sync(path: Path) -> None:
@@ -34,24 +36,43 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, a folder, or a link without what it points to, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file or a folder so that at any moment the old one or the new one is there, never a part.
+    """Write a file or a folder so that under its name there is only ever a whole one, the old or the new.
 
     Yields:
-        the path to write to, which takes the place of `path` when the block has ended well.
-    """
-    unfinished = path.with_name(f".{path.name}.writing")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed; a file is overwritten
-    yield unfinished
+        the path to write to, of the same ending, which takes the place of `path` when the block has ended well.
 
-    # Content first, names second; a folder can only take a name that is free.
-    for written in (unfinished, *unfinished.rglob("*")):
-        sync(written)
-    if unfinished.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    os.replace(unfinished, path)
-    sync(path.parent)
+    Raises:
+        ValueError: if it cannot be written; see `cannot_write`. The old one stays.
+    """
+    unfinished, old = path.with_name(f".writing-{path.name}"), path.with_name(f".old-{path.name}")
+    try:
+        for left in (unfinished, old):  # by a run that was killed
+            remove(left)
+        yield unfinished
+
+        # Content first, names second. A folder can only take a name that is free, and deleting one takes time, in which
+        # a kill would leave a part of it: so the old one moves aside first.
+        for written in (unfinished, *unfinished.rglob("*")):
+            sync(written)
+        if unfinished.is_dir() and path.is_dir():
+            os.replace(path, old)
+        os.replace(unfinished, path)
+        sync(path.parent)
+        remove(old)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        with suppress(OSError):  # on a full disk half a model would be in the way of everything else
+            remove(unfinished)
+        raise cannot_write(path, error) from error
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -75,8 +96,13 @@ def list_files(folder: Path, but: str) -> dict[str, dict]:
     return {name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for name, path in names.items()}
 
 
-def damage(folder: Path, files: dict[str, dict]) -> str | None:
+def damage(folder: Path, files) -> str | None:
     """What is wrong with a folder, in a few words, if it is not what `list_files` said; None if nothing is."""
+    well_formed = isinstance(files, dict) and all(
+        isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values()
+    )
+    if not files or not well_formed:
+        return "its list of files is torn"
     for name, wanted in files.items():
         path = folder / name
         if not path.is_file():
@@ -95,18 +121,23 @@ class FolderLock:
     file .lock stays, and says who had it last.
 
     Raises:
-        ValueError: if another process has it, saying which.
+        ValueError: if another process has it, saying which; or if it cannot be taken.
     """
 
     def __init__(self, folder: Path):
-        self.file = (folder / ".lock").open("a+")
         try:
+            self.file = (folder / ".lock").open("a+", errors="replace")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.seek(0)
             owner = self.file.read().strip() or "another process"
             self.file.close()
             raise ValueError(f"--out {folder} is in use by {owner}: wait for it, or name another folder") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(
+                f"--out {folder} cannot be locked: its file .lock must be yours to write ({reason})"
+            ) from error
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         self.file.flush()
@@ -165,6 +196,8 @@ def check_room(folder: Path, needed: float, what: str) -> None:
 def cannot_write(folder: Path, error: Exception) -> ValueError:
     """What to raise where writing failed in the middle of a run: one sentence with the reason and the room left."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not folder.parent.is_dir():
+        return ValueError(f"{folder} cannot be written ({reason}): {folder.parent} is not there")
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
     room = "no space is left on its disk" if free < 0.01 else f"{free:.2f} GiB are free on its disk"
     return ValueError(
@@ -183,5 +216,5 @@ def read_json(path: Path, what: str) -> dict:
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
         return value
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({str(error).strip() or 'it is empty'}): {what}") from error

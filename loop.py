@@ -34,7 +34,7 @@ from objectives import OBJECTIVES, ON_LEAVES, remember_velocity, rows_per_prompt
 from parallel import together
 from prompts import own_prompts
 from schedules import schedule_of
-from tree import EQUAL, Forest, count, effective_leaves
+from tree import EQUAL, Forest, count, effective_leaves, split_variance
 
 EVAL_KEY = 2**31  # keys the held-out noises; the same for every seed, so runs are paired
 
@@ -226,16 +226,20 @@ def rollout_metrics(run: Run, out: Rollout, forest: Forest, keep, leaf_rewards: 
     rewards = acc.gather(leaf_rewards.to(acc.device))  # (P of all processes, leaves)
     spread = rewards.std(1, correction=0)
     trained, again = rows_per_prompt(args, forest, keep), args.objective in ON_LEAVES and args.updates > 1
-    return {
-        "reward_mean": rewards.mean().item(),
-        "reward_std": spread.mean().item(),
-        "prompts_without_spread": int((spread < EQUAL).sum()),
-        "effective_leaves": effective_leaves(out.path_logp(forest), forest, args.fusion_beta).mean().item(),
-        "leaves": forest.leaves,
-        # Evaluations of the transformer, in rollout and training. (The paper's NFE new is `kept` of tree.count.)
-        "nfe": (count(forest)["forwards"] + trained * (1 + again)) * args.prompts_per_iteration,
-        "peak_gib": peak_gib(acc.device),
-    } | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
+    return (
+        {
+            "reward_mean": rewards.mean().item(),
+            "reward_std": spread.mean().item(),
+            "prompts_without_spread": int((spread < EQUAL).sum()),
+            "effective_leaves": effective_leaves(out.path_logp(forest), forest, args.fusion_beta).mean().item(),
+            "leaves": forest.leaves,
+            # Evaluations of the transformer, in rollout and training. (The paper's NFE new is `kept` of tree.count.)
+            "nfe": (count(forest)["forwards"] + trained * (1 + again)) * args.prompts_per_iteration,
+            "peak_gib": peak_gib(acc.device),
+        }
+        | {f"variance_step_{i}": v for i, v in split_variance(rewards.cpu(), forest).items()}
+        | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -24,7 +24,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,17 +45,25 @@ def short(text: str, length: int = 60) -> str:
 
 
 def lines_of(path: Path) -> list[str]:
-    """A text file, one prompt per line."""
-    return path.read_text(encoding="utf-8-sig").splitlines()
+    """The lines of a text file: its prompts.
+
+    They end as in any editor. str.splitlines would also cut at a form feed or at U+2028, which stand inside texts.
+    """
+    return path.read_text(encoding="utf-8-sig").split("\n")
 
 
 def json_of(path: Path) -> list:
-    """A list of prompts or records, an object of records by id, or an object of columns.
+    """A list of prompts or records, an object of records by id, or an object of columns; or one value per line.
 
     Raises:
         ValueError: for any other object: its keys would be taken for prompts.
     """
-    value = json.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # a second value: many files of JSON lines are called .json
+            return json_lines_of(path)
+        raise
     if isinstance(value, list):
         return value
     entries = list(value.values()) if isinstance(value, dict) else []
@@ -71,7 +81,7 @@ def json_of(path: Path) -> list:
 def json_lines_of(path: Path) -> list:
     """One JSON value per line, blank lines apart."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -81,15 +91,53 @@ def json_lines_of(path: Path) -> list:
 
 
 def table_of(path: Path) -> list[dict]:
-    """A table whose first row names the columns, separated by commas, or in .tsv by tabs."""
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    """A table whose first row names the columns, separated by commas, or in .tsv by tabs.
+
+    Quotes around a cell are not part of it. In a .tsv where they do not close, a quote is a character like any other:
+    PartiPrompts.tsv has the prompt "G I G G L E" painted in thick colorful lettering, without quotes around it.
+
+    Raises:
+        ValueError: if quotes do not close, a column is named twice, or a row is longer than the first, as where a
+            prompt with commas has no quotes around it: its end would be lost.
+    """
+    if path.suffix.lower() != ".tsv":
+        return cells_of(path, delimiter=",")
+    try:
+        return cells_of(path, delimiter="\t")
+    except csv.Error:
+        return cells_of(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def cells_of(path: Path, **form) -> list[dict]:
+    """The rows of a table in one form; raises csv.Error where quotes do not close, ValueError as `table_of`."""
+    rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file, delimiter=separator))
+        table = csv.DictReader(file, strict=True, **form)
+        names = [name for name in table.fieldnames or () if name]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two of its columns are called {name!r}")
+        try:
+            for row in table:
+                if any(row.get(None, ())):
+                    raise ValueError(f"line {table.line_num} has more cells than the first: put text in quotes")
+                rows.append(row)
+        except csv.Error as error:
+            raise csv.Error(f"line {table.line_num}: {error}") from error
+    return rows
 
 
-def parquet_of(path: Path) -> list[dict]:
-    """A parquet table."""
-    return pyarrow.parquet.read_table(path).to_pylist()
+def columns_for(names: list[str], column: str) -> list[str]:
+    """The columns of a wide table that `field_of` may look into; others may hold pictures, and are not read."""
+    first = column.partition(".")[0].lower()
+    return [name for name in names if name == column or name.lower() == first]
+
+
+def parquet_of(path: Path, column: str) -> list[dict]:
+    """A parquet table, without the columns that are not asked for."""
+    table = pyarrow.parquet.ParquetDataset(path)
+    names = columns_for(table.schema.names, column)
+    return table.read(names).to_pylist() if names else [dict.fromkeys(table.schema.names)]
 
 
 READERS: dict[str, Callable[[Path], list]] = {  # ending, in any case -> rows: prompts or records
@@ -98,8 +146,8 @@ READERS: dict[str, Callable[[Path], list]] = {  # ending, in any case -> rows: p
     ".jsonl": json_lines_of,
     ".csv": table_of,
     ".tsv": table_of,
-    ".parquet": parquet_of,
 }
+ENDINGS = (*READERS, ".parquet")
 
 
 def field_of(row: dict, column: str):
@@ -122,7 +170,7 @@ def field_of(row: dict, column: str):
     return field_of(value, rest)
 
 
-def text_of(value, column: str) -> str | None:
+def text_of(value) -> str | None:
     """The prompt in a field: text as it is, of chat messages what the user said last; None where there is nothing.
 
     Raises:
@@ -135,10 +183,11 @@ def text_of(value, column: str) -> str | None:
     if isinstance(value, list) and value and all(isinstance(m, dict) and m.keys() >= CHAT for m in value):
         said = [message["content"] for message in value if message["role"] == "user"]
         if said and isinstance(said[-1], list):
-            return " ".join(part["text"] for part in said[-1] if isinstance(part, dict) and "text" in part)
-        return text_of(said[-1], column) if said else None
-    kind = {list: "lists", dict: "records"}.get(type(value), "numbers")
-    raise ValueError(f"the column {column!r} holds {kind}, not text")
+            texts = (part.get("text") for part in said[-1] if isinstance(part, dict))
+            return " ".join(text for text in texts if isinstance(text, str))
+        return text_of(said[-1]) if said else None
+    kinds = {list: "lists", dict: "records", int: "numbers", float: "numbers", bool: "true or false"}
+    raise ValueError(f"holds {kinds.get(type(value), type(value).__name__)}, not text")
 
 
 def rows_of(path: str, column: str) -> list:
@@ -147,18 +196,21 @@ def rows_of(path: str, column: str) -> list:
     Raises:
         ValueError: if its ending is not known; what the libraries raise where its content cannot be read.
     """
-    # hub:NAME:SPLIT. NAME holds no colon, and without a second one SPLIT is empty. Of a wide table only one column is
-    # read: others may hold pictures.
+    # hub:NAME:SPLIT. NAME holds no colon, and without a second one SPLIT is empty.
     if path.startswith("hub:"):
         name, _, split = path.removeprefix("hub:").partition(":")
+        if not name:
+            raise ValueError("it must be hub:NAME or hub:NAME:SPLIT")
         table = datasets.load_dataset(name, split=split or "train")
-        first = column.partition(".")[0]
-        return list(table.select_columns([first])) if first in table.column_names else list(table.select(range(1)))
+        names = columns_for(table.column_names, column)
+        return list(table.select_columns(names)) if names else [dict.fromkeys(table.column_names)]
 
-    reader = READERS.get(Path(path).suffix.lower())
-    if reader is None:
-        raise ValueError(f"its ending is none of {', '.join(READERS)}")
-    return reader(Path(path))
+    ending = Path(path).suffix.lower()
+    if ending == ".parquet":
+        return parquet_of(Path(path), column)
+    if ending not in READERS:
+        raise ValueError("it is a folder" if Path(path).is_dir() else f"its ending is none of {', '.join(ENDINGS)}")
+    return READERS[ending](Path(path))
 
 
 def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
@@ -168,7 +220,7 @@ def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
         path: one of
             .txt, one prompt per line;
             .json, a list of prompts or of records, as HPDv2 has them, an object of records, or one of columns;
-            .jsonl, one record per line; .csv, .tsv and .parquet, a table;
+            .jsonl, one prompt or record per line; .csv, .tsv and .parquet, a table;
             hub:NAME or hub:NAME:SPLIT, a data set of the hub, by default its split `train`.
         flag: the flag that named the path, for errors.
         column: the field of a record, or the column of a table, that holds the prompt; dotted, one inside it.
@@ -179,26 +231,36 @@ def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
     try:
         rows = rows_of(path, column)
     except (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{flag} {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise ValueError(f"{flag} {path} cannot be read: {reason}") from error
 
     # A record is asked for its column; the columns that there are help where it has none of this name.
     texts = []
     for row in rows:
         try:
-            texts.append(text_of(field_of(row, column) if isinstance(row, dict) else row, column))
+            texts.append(text_of(field_of(row, column) if isinstance(row, dict) else row))
         except KeyError as error:
             names = ", ".join(str(name) for name in row)
             raise ValueError(
                 f"{flag} {path} has no column {column!r}, only {names}: name one with --prompt-column"
             ) from error
         except ValueError as error:
-            raise ValueError(f"{flag} {path}: {error}; name another with --prompt-column") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{flag} {path} {error}") from error
+            message = f"{flag} {path}: the column {column!r} {error}; name another with --prompt-column"
+            raise ValueError(message) from error
 
     # Spaces at the ends do not count. A dictionary keeps the first of equal prompts, and the order: "a ", "", "b", "a"
     # become "a", "b". A repeat would be drawn twice per epoch, and could be trained on and held out at once.
     prompts = list(dict.fromkeys(filter(None, (text.strip() for text in texts if text is not None))))
     if not prompts:
         raise ValueError(f"{flag} {path} holds no prompt")
+
+    # UTF-16 read as UTF-8 has a zero beside every letter, and JSON can hold half of a character, "\\ud83d" alone, that
+    # no tokenizer takes.
+    for prompt in prompts:
+        if re.search("[\0\ud800-\udfff]", prompt):
+            raise ValueError(f"{flag} {path}: the prompt {short(prompt)} is no UTF-8 text")
     return prompts
 
 
@@ -214,11 +276,13 @@ def load_prompts(args, train: str, heldout: str) -> tuple[list[str], list[str]]:
     """
     if args.plan:
         return [], []
-    prompts = read_prompts(args.prompts or str(train), "--prompts", args.prompt_column)
+    own = args.prompts is not None  # "" is what an unset variable of the shell leaves: no wish for the embedded ones
+    prompts = read_prompts(args.prompts if own else str(train), "--prompts", args.prompt_column)
 
     # Held-out prompts of their own: those of --eval-prompts, or the embedded ones beside the embedded training prompts.
-    if args.eval_prompts or not args.prompts:
-        held_out = read_prompts(args.eval_prompts or str(heldout), "--eval-prompts", args.prompt_column)
+    if args.eval_prompts is not None or not own:
+        path = str(heldout) if args.eval_prompts is None else args.eval_prompts
+        held_out = read_prompts(path, "--eval-prompts", args.prompt_column)
 
     # Else a tenth of --prompts is held out, at least one. It is drawn at random, because a file may be sorted, and
     # always with the same seed, so that runs with different seeds are judged by the same prompts.

@@ -23,14 +23,13 @@ import torch.nn.functional as F
 from matplotlib.collections import LineCollection
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 import loop
 import rewards as R
 from branchgrpo import generators, prune, rollout
-from disk import cannot_write
+from disk import replacing
 from schedules import schedule_of
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito: safe for colour-blind readers
@@ -41,12 +40,15 @@ def write(run) -> None:
     """Write the model, where it was trained, into OUT/model, and the three pictures into the run's folder."""
     # The model first, then the pictures, each by itself: one that fails costs neither the model nor the others.
     if run.iteration:
-        try:
-            run.policy.save(run.out / "model")
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise cannot_write(run.out / "model", error) from error
+        run.policy.save(run.out / "model")
+    attempt(compare, run)
+    attempt(curves, run.history, run.out / "curves.png")
+    attempt(tree, run, run.out / "tree.png")
 
-    # The same prompts and noises before and after; videos, shown as strips of nine frames, are three times as wide.
+
+def compare(run) -> None:
+    """The same prompts and noises before and after, as before_after.png; videos also as .mp4 and .gif."""
+    # Videos, shown as strips of nine frames, are three times as wide.
     before = load_file(run.out / "before.safetensors")["pictures"]
     prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
     columns = 6 if before.ndim == 4 else 2
@@ -54,8 +56,6 @@ def write(run) -> None:
     attempt(before_after, *pairs, run.out / "before_after.png", columns)
     if before.ndim == 5:
         attempt(play, before, run.pictures, prompts, run.out / "before_after")
-    attempt(curves, run.history, run.out / "curves.png")
-    attempt(tree, run, run.out / "tree.png")
 
 
 def attempt(draw, *args) -> None:
@@ -65,6 +65,13 @@ def attempt(draw, *args) -> None:
     except Exception as error:
         print(f"warning: {draw.__name__} was not drawn ({type(error).__name__}: {error})", file=sys.stderr)
         plt.close("all")
+
+
+def save(fig, path: Path, dpi: int) -> None:
+    """Write a figure and close it; on a disk that fills up the picture that was there stays."""
+    with replacing(path) as unfinished:
+        fig.savefig(unfinished, dpi=dpi)
+    plt.close(fig)
 
 
 def to_image(picture: Tensor) -> np.ndarray:
@@ -96,8 +103,7 @@ def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, 
                 ax.set_ylabel(("before", "after")[k], color=colour)
         axes[2 * row, column].set_title("\n".join(textwrap.wrap(prompt, 30)[:3]), fontsize=9, parse_math=False)
     fig.suptitle("Held-out prompts, the same noise, before and after")
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    save(fig, path, 100)
 
 
 def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns: int = 6, side: int = 96) -> None:
@@ -127,8 +133,9 @@ def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns:
     # The codec wants even sides.
     frames = np.concatenate(rows, 1)  # (F, height, width, 3)
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-    imageio.mimwrite(path.with_suffix(".mp4"), frames, fps=8, macro_block_size=1)
-    imageio.mimwrite(path.with_suffix(".gif"), frames, duration=125, loop=0)
+    for suffix, options in ((".mp4", {"fps": 8, "macro_block_size": 1}), (".gif", {"duration": 125, "loop": 0})):
+        with replacing(path.with_suffix(suffix)) as unfinished:
+            imageio.mimwrite(unfinished, frames, **options)
 
 
 def series(history: list[dict], name: str) -> tuple[list, list]:
@@ -172,8 +179,7 @@ def curves(history: list[dict], path: Path) -> None:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    save(fig, path, 100)
 
 
 def tree(run, path: Path) -> None:
@@ -228,5 +234,4 @@ def draw_tree(forest, pictures, advantages, keep, rewards, path: Path) -> None:
     ax.spines[:].set_visible(False)
     fig.colorbar(shade, ax=ax, label="advantage (Eq. 4)", fraction=0.02, pad=0.01)
     fig.tight_layout()
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
+    save(fig, path, 80)

@@ -14,6 +14,7 @@ Direction of time: depth 0 is pure noise (sigma = 1), depth T the pictures (sigm
 
 1. Forest               the shape: nodes per depth, parents, leaves below
 2. fuse                 leaf rewards upwards, weighted by path probability                  Eq. 3, arXiv:2509.06040v5
+   split_variance       how much of the reward's variance each split makes
 3. ADVANTAGES           what an edge earned: `depth` is the paper's z-score per depth        Eq. 4
 4. keep_parent_top1, keep_extreme                                                           width pruning
 5. drop_window, window_start                                                                depth pruning, mix window
@@ -216,6 +217,37 @@ def effective_leaves(path_logp: Tensor, forest: Forest, beta: float) -> Tensor:
     16 equal weights give 16, one weight of 1 gives 1.
     """
     return 1 / (path_weights(path_logp, forest.roots, beta) ** 2).sum(-1)
+
+
+def split_variance(rewards: Tensor, forest: Forest) -> dict[int, float]:
+    """How much of the final reward's variance each split step makes: nested analysis of variance over the leaves.
+
+    A leaf's reward is taken for a sum of independent effects, one per split on its path. Of split s, with m_s leaves
+    below each child, the mean square of the children about their parents is on average
+
+        E[MS_s] = m_s v_s + m_{s+1} v_{s+1} + ... + v_S,    so    v_s = (MS_s - MS_{s+1}) / m_s
+
+    Noise that is drawn after the last split counts as that split's. An estimate may be negative; its mean is right.
+    Rewards 1 1 5 5 of two splits with K = 2: all of the variance is the first split's, v = 8 and 0.
+
+    Args:
+        rewards: (P, leaves).
+        forest: its shape; without a split there is nothing to tell apart.
+
+    Returns:
+        split step -> v_s, the mean over prompts, in squared units of the reward.
+    """
+    squares, below = [], []
+    for i in forest.splits:
+        k = forest.children[i]
+        children = rewards.double().unflatten(1, (forest.sizes[i], k, -1)).mean(-1)  # (P, n_i, K)
+        m = forest.leaves // forest.sizes[i + 1]
+        squares.append(m * float(children.var(-1, correction=1).mean()))  # MS_s; K - 1 degrees of freedom per node
+        below.append(m)
+
+    # Below the last split there is no other: v_S = MS_S, for m_S = 1.
+    later = [*squares[1:], 0.0]
+    return {i: (own - rest) / m for i, own, rest, m in zip(forest.splits, squares, later, below)}
 
 
 # -------------------------------------------------------------------------------------------- credit: advantages, Eq. 4

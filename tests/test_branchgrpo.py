@@ -161,12 +161,13 @@ def settings(**changed):
     return SimpleNamespace(**(args | changed))
 
 
-def step(policy, edges, sampler, prompts=PROMPTS, accelerator=None, **changed):
+def step(policy, edges, sampler, prompts=PROMPTS, accelerator=None, objective=surrogate, **changed):
     """update() under SGD at rate 1: its log, and the gradient as (parameters before) - (after)."""
     before = policy.flat()
     optimizer = torch.optim.SGD(policy.trainable(), lr=1.0)
     accelerator = accelerator or Accelerator(cpu=True)
-    log = update(policy, optimizer, accelerator, edges, policy.encode(prompts), sampler, settings(**changed))
+    options = settings(**changed)
+    log = update(policy, optimizer, accelerator, edges, policy.encode(prompts), sampler, options, objective)
     gradient = before - policy.flat()
 
     # The parameters are put back, so that the next step starts from the same.

@@ -266,12 +266,12 @@ def run(out: Path, *argv: str) -> tuple[list[dict], dict, Path]:
 
 
 def documented(key: str) -> str:
-    """reward_ocr -> reward_NAME, ocr_before -> NAME_before; other keys as they are."""
+    """reward_ocr -> reward_NAME, ocr_before -> NAME_before, variance_step_3 -> variance_step_N; others as they are."""
     for name in REWARDS:
         for pattern in ("reward_{}", "heldout_{}", "{}_before", "{}_after"):
             if key == pattern.format(name):
                 return pattern.format("NAME")
-    return key
+    return re.sub(r"^variance_step_\d+$", "variance_step_N", key)
 
 
 def rows_of(section: str) -> set[str]:

@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 
 import schedules
 import tree
-from tree import Forest, advantages, count, drop_window, fuse, keep_extreme, keep_parent_top1, make_forest
+from tree import (
+    Forest,
+    advantages,
+    count,
+    drop_window,
+    fuse,
+    keep_extreme,
+    keep_parent_top1,
+    make_forest,
+    split_variance,
+)
 
 many = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 PAPER = (20, 2, (0, 3, 6, 9))
@@ -706,3 +716,23 @@ def test_a_drawing_by_hand():
         " └───┬─── leaf 2",
         "     └─── leaf 3",
     ]
+
+
+# ------------------------------------------------------------------------------------------------ analysis of variance
+def test_variance_of_splits_by_hand():
+    """Rewards 1 1 5 5: the first split makes all of it, var(1, 5) = 8. Rewards 1 3 1 3: the second, var(1, 3) = 2."""
+    forest = make_forest(3, 2, (0, 1))
+    assert split_variance(torch.tensor([[1.0, 1.0, 5.0, 5.0]]), forest) == {0: 8.0, 1: 0.0}
+    assert split_variance(torch.tensor([[1.0, 3.0, 1.0, 3.0]]), forest) == {0: -1.0, 1: 2.0}
+    assert split_variance(torch.ones(2, 3), make_forest(3, 2, (), roots=3)) == {}
+
+
+def test_variance_of_splits_is_unbiased():
+    """Effects of known variance at three splits, K = 3: the mean estimate over 20,000 trees is that variance."""
+    forest, variances = make_forest(5, 3, (0, 1, 3)), {0: 0.5, 1: 2.0, 3: 1.0}
+    g, rewards = torch.Generator().manual_seed(0), torch.zeros(20000, 27)
+    for i, v in variances.items():
+        effects = v**0.5 * torch.randn(20000, forest.sizes[i + 1], generator=g)
+        rewards += effects.repeat_interleave(27 // forest.sizes[i + 1], 1)
+    estimated = split_variance(rewards, forest)
+    assert all(estimated[i] == pytest.approx(v, rel=0.05) for i, v in variances.items())
