@@ -30,7 +30,17 @@ import torch
 from torch import Tensor
 
 from sde import branch_noise, gaussian_logp_mean, second_order, step_moments
-from tree import Forest, advantages, drop_window, fuse, intersect, keep_chosen, keep_extreme, keep_parent_top1
+from tree import (
+    Forest,
+    advantages,
+    drop_window,
+    fuse,
+    intersect,
+    keep_chosen,
+    keep_extreme,
+    keep_largest,
+    keep_parent_top1,
+)
 
 Cond = dict[str, Tensor]  # conditioning: what a policy makes of prompts; the first dimension of each tensor is P
 
@@ -244,7 +254,13 @@ def credit(
 
 
 def prune(
-    forest: Forest, rewards: Tensor, width: str | int | None, depth: tuple[int, int] | None, trained_steps=None
+    forest: Forest,
+    rewards: Tensor,
+    width: str | int | None,
+    depth: tuple[int, int] | None,
+    trained_steps=None,
+    size: float | None = None,
+    advantages: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """The edges to train: T bool masks (P, n_{i+1}).
 
@@ -255,6 +271,7 @@ def prune(
         width: None, "parent-top1", or b for Extreme-b.
         depth: None, or (start, width) of the window of steps to drop.
         trained_steps: the stochastic steps that are trained; None is all.
+        size: None, or the fraction of each step's parents that is kept by the size of their `advantages`.
     """
     keep = keep_chosen(forest, len(rewards))
 
@@ -269,6 +286,8 @@ def prune(
         keep = intersect(keep, keep_extreme(forest, rewards, width))
     if depth is not None:
         keep = intersect(keep, drop_window(forest, *depth))
+    if size is not None:
+        keep = intersect(keep, keep_largest(forest, advantages, size))
     return keep
 
 

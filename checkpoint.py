@@ -100,6 +100,8 @@ def find_out(args) -> str:
         taken = [name for name in WRITTEN if (Path(out) / name).exists()]
         if taken:
             raise ValueError(f"--out {out} holds {', '.join(taken)}, which a run would replace: name another folder")
+        if args.out:
+            check_names(Path(out), args.iterations, [])
         return out
 
     # --resume FOLDER, or --resume with --out FOLDER, or the newest run under runs/.
@@ -107,6 +109,7 @@ def find_out(args) -> str:
     out = args.resume or args.out or (str(runs[-1].parent) if runs else "runs")
     if not holds_run(out):
         raise ValueError(f"--resume: {out} holds no run (no options.json)")
+    check_names(Path(out), args.iterations, checkpoints(Path(out)))
     return out
 
 
@@ -145,26 +148,23 @@ def options_to_keep(args, prompts: list[str], heldout: list[str]) -> dict:
     options = json.loads(json.dumps(options))  # tuples become lists, as on disk
     out = Path(args.out)
     if args.resume is None:
-        check_names(out, args.iterations, [])
         return options | {"run": secrets.token_hex(16)}
 
     kept = read_json(out / "options.json", "without it the run cannot be continued")
     own = checkpoints(out)
-    check_names(out, args.iterations, own)
 
-    # "run" names the run, the model is compared once it is loaded. Another version may have had other options, or
-    # fewer: what the run did then is not known.
-    compared = kept.keys() - {"run", "sha256-of-model"}
-    unknown = sorted(compared ^ options.keys())
-    if unknown:
-        flag, (has, lacks) = (
-            unknown[0].replace("_", "-"),
-            ("the run", "this script")[:: 1 if unknown[0] in kept else -1],
-        )
-        raise ValueError(
-            f"--resume: {has} has --{flag}, {lacks} does not: go on with the script and version it began with"
-        )
-    for name in sorted(compared):
+    # "run" names the run, the model is compared once loaded. Options that have come since the run began keep their
+    # defaults; what this version does not know any more it cannot do.
+    for name in sorted(options.keys() - kept.keys()):
+        if args.origin.get(name) == "given":
+            raise ValueError(f"--resume: the run does not know --{name.replace('_', '-')}: leave it out")
+        print(f"--resume: the run does not know --{name.replace('_', '-')}: {options[name]} is taken", file=sys.stderr)
+    compared = sorted(kept.keys() - {"run", "sha256-of-model"})
+    for name in compared:
+        if name not in options:
+            unknown = f"the run has --{name.replace('_', '-')}, which is unknown here"
+            raise ValueError(f"--resume: {unknown}: go on with its own script and version")
+    for name in compared:
         value, now = kept[name], options[name]
         if name == "iterations" and isinstance(value, int) and now != value:
             shorter = out / f"checkpoint-{now}"
@@ -221,9 +221,8 @@ def check_names(out: Path, iterations: int, own: list[Path]) -> None:
     for path in out.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
         if re.fullmatch("[1-9][0-9]*", number) and int(number) <= iterations and path not in own:
-            raise ValueError(
-                f"{path} is in the way: it is no checkpoint of this run, or its {MANIFEST} is torn; move it"
-            )
+            why = f"it is no checkpoint of this run, or its {MANIFEST} is torn"
+            raise ValueError(f"{path} is in the way: {why}; move it")
 
 
 def whole_checkpoint(out: Path, iterations: int) -> Path | None:
@@ -342,7 +341,7 @@ class Log:
         try:
             yield
         except OSError as error:
-            raise cannot_write(Path(error.filename or self.path), error) from error
+            raise cannot_write(Path(error.filename or self.run.out), error) from error
 
     def begin(self, run: Run) -> None:
         """Write the rows up to the checkpoint, of which a new run has none, and start the tracker."""

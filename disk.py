@@ -147,8 +147,11 @@ class FolderLock:
         self.file.close()
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, flag: str = "--out") -> None:
     """A folder can be made, or is there, and files can be written into it. Nothing is left behind.
+
+    Args:
+        flag: that named the folder.
 
     Raises:
         ValueError: one sentence, naming what stands in the way.
@@ -156,7 +159,7 @@ def check_writable(folder: Path) -> None:
     try:
         str(folder).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"--out {os.fsencode(folder)!r} is not UTF-8 text, which the libraries need") from None
+        raise ValueError(f"{flag} {os.fsencode(folder)!r} is not UTF-8 text, which the libraries need") from None
 
     # The nearest thing that exists: of a/b/c that may be a. A link that points nowhere exists only as a link.
     try:
@@ -164,16 +167,16 @@ def check_writable(folder: Path) -> None:
         while not os.path.lexists(nearest):
             longest = os.pathconf(nearest.anchor, "PC_NAME_MAX")
             if len(os.fsencode(nearest.name)) > longest:
-                raise ValueError(f"--out {folder}: a name may have {longest} bytes at most")
+                raise ValueError(f"{flag} {folder}: a name may have {longest} bytes at most")
             nearest = nearest.parent
         if not nearest.exists():
-            raise ValueError(f"--out {folder}: {nearest} is a link that points nowhere")
+            raise ValueError(f"{flag} {folder}: {nearest} is a link that points nowhere")
         if not nearest.is_dir():
-            raise ValueError(f"--out {folder}: {nearest} is a file, not a folder")
+            raise ValueError(f"{flag} {folder}: {nearest} is a file, not a folder")
         with tempfile.TemporaryFile(dir=nearest) as file:
             file.write(b"\0")
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written: {error.strerror or error}") from error
+        raise ValueError(f"{flag} {folder} cannot be written: {error.strerror or error}") from error
 
 
 def check_room(folder: Path, needed: float, what: str) -> None:

@@ -22,13 +22,13 @@ from pathlib import Path
 
 from objectives import OBJECTIVES, ON_LEAVES, rows_per_prompt
 from rewards import REWARDS, parse_weights
-from schedules import DANCE_STEPS, METHODS, TREES, WINDOWED, schedule_of
+from schedules import AUTO, DANCE_STEPS, METHODS, TREES, WINDOWED, schedule_of
 from sde import STEPS
 from tree import ADVANTAGES, count, keep_chosen, make_forest, parse_splits, spread_splits
 
 HERE = Path(__file__).parent
 TREE_FLAGS = ("branch", "splits", "roots", "branch_noise", "width_prune", "depth_prune")
-PRUNE_FLAGS = ("width_prune", "depth_prune", "depth_every", "depth_stop")
+PRUNE_FLAGS = ("width_prune", "depth_prune", "depth_every", "depth_stop", "size_prune")
 BARE = -1  # a flag given without its value
 MAY_CHANGE = (  # between a run and its resumption
     *("resume", "out", "eval_every", "save_every", "keep", "tracker", "device", "fsdp", "micro_batch", "compile"),
@@ -95,12 +95,19 @@ def kind_of(args) -> str:
 
 
 def is_embedded(args) -> bool:
-    """True where --model is an embedded model or was trained from it: its transformer has the same configuration."""
+    """True where --model is an embedded model or was trained from it: its transformer has the same configuration.
+
+    Raises:
+        ValueError: if that configuration cannot be read.
+    """
 
     def config(folder: Path) -> dict:
         file = folder / "transformer/config.json"
-        values = json.loads(file.read_text()) if file.is_file() else {}
-        return {name: value for name, value in values.items() if not name.startswith("_")}
+        try:
+            values = json.loads(file.read_text()) if file.is_file() else {}
+            return {name: value for name, value in values.items() if not name.startswith("_")}
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"--model {folder}: its transformer/config.json is damaged ({error})") from error
 
     own = config(HERE / "tiny" / kind_of(args))
     return args.plan is None and config(Path(args.model)) == own
@@ -141,8 +148,10 @@ def number(kind: type, low: float, high: float = math.inf, above=False, below=Fa
     return parse
 
 
-COUNT, FROM_ZERO = number(int, 1), number(int, 0)
-POSITIVE, NOT_NEGATIVE = number(float, 0, above=True), number(float, 0)
+MOST = 1e15  # of rates and scales; squares and products of two are still float32
+COUNT, FROM_ZERO, PIXELS = number(int, 1), number(int, 0), number(int, 1, 16384)
+POSITIVE, NOT_NEGATIVE = number(float, 0, MOST, above=True), number(float, 0, MOST)
+UNLIMITED, UNLIMITED_POSITIVE = number(float, 0), number(float, 0, above=True)  # inf switches a bound off
 FRACTION, BELOW_ONE = number(float, 0, 1, above=True), number(float, 0, 1, below=True)
 
 
@@ -171,6 +180,11 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, name, self.get_default(name))
                 if getattr(args, name) is not None:
                     origin[name] = "default"
+        # An empty value is what an unset variable of the shell leaves: nobody means the default by it. Without a split,
+        # without a watched reward and a bare --resume are meant so.
+        for name, where in origin.items():
+            if where == "given" and getattr(args, name) == "" and name not in ("splits", "watch", "resume"):
+                self.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the flag out")
         args.origin = origin
         return args
 
@@ -211,8 +225,8 @@ def parser(description: str, video: bool = False) -> Parser:
     )
     g("--eval-prompts", help="held-out prompts, likewise; default: a random tenth of --prompts")
     g("--prompt-column", default="prompt", help="of a record of --prompts and --eval-prompts")
-    g("--height", type=COUNT, help="pixels")
-    g("--width", type=COUNT, help="pixels")
+    g("--height", type=PIXELS, help="pixels")
+    g("--width", type=PIXELS, help="pixels")
     if video:
         g("--frames", type=COUNT, help="of a video, 4k + 1")
     g("--guidance", type=NOT_NEGATIVE, help="scale; 1 is none")
@@ -220,7 +234,7 @@ def parser(description: str, video: bool = False) -> Parser:
     g(
         "--lora-from",
         metavar="LORA",
-        help="start from a LoRA of that rank: a file, a folder such as OUT/model, a hub id",
+        help="start from a LoRA of that rank: a file, OUT/model, a hub id; default: a new one",
     )
     add_tree_flags(group("tree"))
     add_credit_flags(group("steps"), group("credit and loss"))
@@ -275,9 +289,14 @@ def add_tree_flags(g) -> None:
     g("--shift", type=POSITIVE, help="shift of the noise levels")
     g("--leaves", type=number(int, 2), help="pictures per prompt; default: 16 (paper), or what --splits imply")
     g("--branch", type=number(int, 2), help="K, children of a node at a split; default: 2 (paper)")
-    g("--splits", type=parse_splits, help="split steps, as in 0,3,6,9; default: log_K(leaves), in the first half")
+    g(
+        "--splits",
+        type=lambda text: text if text == AUTO else parse_splits(text),
+        help="split steps, as in 0,3,6,9; default: log_K(leaves), in the first half; auto: they move to where they"
+        " explain most of the reward per evaluation",
+    )
     g("--roots", type=COUNT, help="independent trees per prompt; default: 1 (paper)")
-    g("--branch-noise", type=NOT_NEGATIVE, help="s of Eq. 2, inf makes siblings independent; default: 4 (paper)")
+    g("--branch-noise", type=UNLIMITED, help="s of Eq. 2, inf makes siblings independent; default: 4 (paper)")
     g(
         "--mix",
         type=FROM_ZERO,
@@ -299,6 +318,12 @@ def add_tree_flags(g) -> None:
         nargs="?",
         const=BARE,
         help="width of the window of dropped steps; bare: T/4 (paper: 5 of 20)",
+    )
+    g(
+        "--size-prune",
+        type=FRACTION,
+        metavar="FRACTION",
+        help="train this fraction of each step's parents, those with the largest advantages; default: all",
     )
     g(
         "--depth-every",
@@ -341,7 +366,7 @@ def add_credit_flags(steps, g) -> None:
     g("--fusion-beta", type=NOT_NEGATIVE, help="beta of Eq. 3; 0 is the plain mean")
     rules = "what an edge is compared with: the nodes of its depth (Eq. 4), the leaves as in GRPO, or its siblings"
     g("--advantage", choices=ADVANTAGES, default="depth", help=rules)
-    g("--adv-clip", type=POSITIVE, help="A_max, to which advantages are clipped")
+    g("--adv-clip", type=UNLIMITED_POSITIVE, help="A_max, to which advantages are clipped")
     g("--loss-weight", choices=("edge", "path"), default="edge", help="see branchgrpo.flatten_edges (paper: edge)")
     g("--clip", type=FRACTION, help="clip range of the ratio")
     g("--kl", type=NOT_NEGATIVE, help="weight of the KL to the untrained model")
@@ -371,7 +396,7 @@ def add_optimisation_flags(g) -> None:
     )
     g("--lr-end", type=number(float, 0, 1), help="fraction of --lr left at the end, falling linearly; 1 is constant")
     g("--weight-decay", type=NOT_NEGATIVE, help="AdamW")
-    g("--max-grad-norm", type=NOT_NEGATIVE, help="0 is no clipping")
+    g("--max-grad-norm", type=UNLIMITED, help="0 is no clipping")
     g("--ema", type=BELOW_ONE, help="decay of the averaged weights, which are evaluated and saved; 0 is off")
 
 
@@ -428,9 +453,11 @@ def resolve_tree(args, embedded: bool, tuned: str) -> None:
         if args.splits is None:
             splits = spread_splits(args.steps, args.branch, args.leaves or 16, args.roots)
             fill(args, "splits", splits, "follows from --steps, --branch and --leaves")
-        leaves = make_forest(args.steps, args.branch, args.splits, args.roots).leaves
+        splits = spread_splits(args.steps, args.branch, args.leaves or 16, args.roots)
+        splits = splits if args.splits == AUTO else args.splits
+        leaves = make_forest(args.steps, args.branch, splits, args.roots).leaves
         if args.leaves not in (None, leaves):
-            made = f"{len(args.splits)} splits make {args.roots} x {args.branch}^{len(args.splits)} = {leaves}"
+            made = f"{len(splits)} splits make {args.roots} x {args.branch}^{len(splits)} = {leaves}"
             raise ValueError(f"--leaves {args.leaves} does not go with the tree: {made}")
         fill(args, "leaves", leaves, "follows from --splits and --branch")
     fill(args, "leaves", 16, "the paper")
@@ -473,6 +500,12 @@ def check_windows(args) -> None:
         raise ValueError(f"--depth-prune must lie in 1..{args.steps} (--steps), got {args.depth_prune}")
     if args.depth_stop is not None and not 0 <= args.depth_stop <= args.steps - 2:
         raise ValueError(f"--depth-stop must lie in 0..{args.steps - 2}, got {args.depth_stop}")
+    if args.width_prune is not None and args.size_prune is not None:
+        raise ValueError(
+            "--size-prune does not go with --width-prune: what both keep would differ from prompt to prompt"
+        )
+    if args.splits == AUTO and (args.depth_prune is not None or args.mix):
+        raise ValueError("--splits auto does not go with --depth-prune or a --mix window: both slide along the splits")
     if (args.depth_prune is not None or args.width_prune is not None) and args.mix == 0:
         raise ValueError("--depth-prune and --width-prune drop steps after the last split; --mix 0 trains none")
     if args.width_prune == "parent-top1" and not args.splits:
@@ -498,11 +531,11 @@ def check(args) -> None:
         prompts = f"--prompts-per-iteration ({args.prompts_per_iteration})"
         raise ValueError(f"--updates must divide {prompts}, or take --updates-by parents; got {args.updates}")
 
-    weights = parse_weights(args.reward)
+    weights = parse_weights(args.reward, "--reward")
     if not any(weights.values()):
         raise ValueError(f"--reward needs a reward with a weight other than 0, got {args.reward!r}")
     if args.watch != "auto":
-        parse_weights(args.watch)
+        parse_weights(args.watch, "--watch")
 
     packages = ((args.tracker == "wandb", "--tracker wandb", "wandb"), (args.nf4, "--nf4", "bitsandbytes"))
     for asked, flag, package in packages:

@@ -160,9 +160,10 @@ def counted(args, iteration: int) -> dict[str, float]:
     schedule = schedule_of(args, iteration)
     forest, depth_window = schedule.forest, schedule.depth_window
 
-    # Which edges width pruning keeps depends on the rewards, but how many does not, so any rewards will do.
-    rewards = torch.zeros(1, forest.leaves)
-    keep = prune(forest, rewards, args.width_prune, depth_window, schedule.trained_steps)
+    # Which edges are kept depends on the rewards, but how many does not, so any rewards and advantages will do.
+    rewards, advantages = torch.zeros(1, forest.leaves), [torch.zeros(1, n) for n in forest.sizes[1:]]
+    pruning = (args.width_prune, depth_window, schedule.trained_steps, args.size_prune)
+    keep = prune(forest, rewards, *pruning, advantages)
     return count(forest, keep) | {"trained_parents": rows_per_prompt(args, forest, keep)}
 
 
@@ -256,8 +257,8 @@ def memory(args, gpus: int) -> dict[str, float]:
     trained = args.lora * arch.lora * arch.width if args.lora else arch.parameters
 
     # Reward models: one per name, so videoalign-vq and videoalign-mq are one. The automatic watch takes none of them.
-    watched = {} if args.watch == "auto" else parse_weights(args.watch)
-    models = {name.partition("-")[0] for name in parse_weights(args.reward) | watched}
+    watched = {} if args.watch == "auto" else parse_weights(args.watch, "--watch")
+    models = {name.partition("-")[0] for name in parse_weights(args.reward, "--reward") | watched}
     reward_bytes = (2 if args.reward_dtype == "bf16" else 4) * sum(REWARDS.get(name, 0) for name in models)
 
     # What lies on the GPU all the time. NF4 takes 4 bits per weight, and a float32 scale per 64 weights: 4.5.

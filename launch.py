@@ -8,6 +8,7 @@ Bad input is refused before anything long begins: flags before models are loaded
 """
 
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -44,7 +45,9 @@ def start(script: str, job, argv: list[str] | None, finish) -> None:
     An error of ours is printed as one sentence, exit code 2. An error raised inside a library keeps its traceback:
     where it happened matters.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 must not end a run over a prompt
+    # A terminal that is not UTF-8 must not end a run over a prompt, nor a closed one over a progress bar.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = None
@@ -57,6 +60,10 @@ def start(script: str, job, argv: list[str] | None, finish) -> None:
     except (KeyboardInterrupt, Stopped) as stopped:
         print(f"{script}: {where_it_stands(args)}", file=sys.stderr)
         sys.exit(143 if isinstance(stopped, Stopped) else 130)  # as if the signal had ended it
+    except BrokenPipeError:  # whoever read the output has gone, as `| head -1` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or Python would complain once more at its exit)
+        print(f"{script}: nobody reads the output any more; {where_it_stands(args)}", file=sys.stderr)
+        sys.exit(141)
     except (ValueError, NonFinite) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(raised_in).resolve().parent != HERE.resolve():
@@ -70,9 +77,12 @@ def where_it_stands(args) -> str:
     out = Path(args.out) if args is not None and args.out else None
     if out is None or not (out / "options.json").exists():
         return "stopped before the run began"
-    kept = checkpoints(out)
+    try:
+        kept = checkpoints(out)
+    except ValueError as error:
+        return f"stopped; {error}"
     where = f"{kept[-1].name} is the newest checkpoint" if kept else "no checkpoint was written yet"
-    return f"stopped; {where}: the same flags with --resume {shlex.quote(str(out))} go on from there"
+    return f"stopped; {where}: the same flags with --resume={shlex.quote(str(out))} go on from there"
 
 
 def make_accelerator(args) -> Accelerator:
@@ -92,12 +102,17 @@ def make_accelerator(args) -> Accelerator:
         InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         DistributedDataParallelKwargs(broadcast_buffers=False),
     ]
-    accelerator = Accelerator(
-        cpu=args.device == "cpu" or not torch.cuda.is_available(),
-        mixed_precision="no",
-        kwargs_handlers=handlers,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=args.device == "cpu" or not torch.cuda.is_available(),
+            mixed_precision="no",
+            kwargs_handlers=handlers,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+    except (ValueError, ImportError) as error:  # half of torchrun's variables, or one that asks for what is not there
+        reason = str(error).strip().splitlines()[0]
+        advice = "start with torchrun, or unset RANK, LOCAL_RANK, WORLD_SIZE and ACCELERATE_..."
+        raise ValueError(f"the processes cannot be set up ({reason}): {advice}") from error
 
     # `accelerate launch` can be configured to shard or compile, on top of what is done here.
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED") or accelerator.state.dynamo_plugin.backend != "NO":
@@ -138,6 +153,8 @@ def claim_folder(
         if accelerator.is_main_process:
             if args.out:
                 check_writable(Path(args.out))
+            if args.text_cache:
+                check_writable(Path(args.text_cache), "--text-cache")
             args.out = out = find_out(args)
             check_writable(Path(out))
             options = options_to_keep(args, prompts, heldout)
@@ -263,8 +280,10 @@ def resume(run: Run, options: dict) -> None:
     lost = None
     if run.accelerator.is_main_process:
         try:
-            load_file(run.out / "before.safetensors")
-        except (OSError, SafetensorError) as raised:
+            pictures = load_file(run.out / "before.safetensors")["pictures"]
+            if pictures.shape[1] != 3 or pictures.ndim != 4:
+                raise OSError("it holds no pictures")
+        except (OSError, KeyError, IndexError, SafetensorError) as raised:
             lost = str(raised).splitlines()[0]
             print(f"{run.out}/before.safetensors is lost ({lost}): its pictures are made again", file=sys.stderr)
     if broadcast_object_list([lost])[0] is not None:

@@ -163,7 +163,7 @@ def minibatches(run: Run, iteration: int, rows_of, prompts: int) -> list[Rows]:
 def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     """One iteration: roll out, score, credit, prune, update; returns its row of metrics, and what histograms show."""
     args, acc, policy = run.args, run.accelerator, run.policy
-    schedule, lap = schedule_of(args, iteration), stopwatch(acc.device)
+    schedule, lap = schedule_of(args, iteration, run.history), stopwatch(acc.device)
     sampler, forest = run.sampler(schedule.sigmas), schedule.forest
 
     run.at(f"iteration {iteration + 1}: rollout")
@@ -187,7 +187,8 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
 
     # 4. Credit every edge from the leaves below it, then choose the edges to train.
     leaf_rewards, ranking, advantages = credit_leaves(run, out, forest, scores)
-    keep = prune(forest, ranking, args.width_prune, schedule.depth_window, schedule.trained_steps)
+    pruning = (args.width_prune, schedule.depth_window, schedule.trained_steps, args.size_prune)
+    keep = prune(forest, ranking, *pruning, advantages)
 
     # 5. Update. The rate falls linearly from --lr to the fraction --lr-end of it.
     row["lr"] = args.lr * (1 - (1 - args.lr_end) * iteration / args.iterations)
@@ -197,7 +198,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     make_rows, objective = OBJECTIVES[args.objective]
 
     def rows_of(subset: Tensor) -> Rows:
-        return make_rows(out, forest, keep, advantages, subset, rng, args, schedule.step_weight)
+        return make_rows(out, forest, keep, advantages, ranking, subset, rng, args, schedule.step_weight)
 
     # With several optimiser steps, those on noised leaves compare with the policy as it is before the first of them.
     run.at(f"iteration {iteration + 1}: update")

@@ -4,12 +4,12 @@ Idea: after a rollout every leaf has a clean latent x0 and a reward. Eq. 5 reinf
 the way there. Nearly all of such a noise does nothing to the reward, so its direction is mostly chance. The others look
 at where the paths ended instead:
 
-| --objective | what is trained                    | direction of the update                        | density | units       |
-|-------------|------------------------------------|------------------------------------------------|---------|-------------|
-| surrogate   | every noisy step kept              | the injected noises, by advantage (Eq. 5)      | yes     | 3 a parent  |
-| endpoint    | the clean estimate at split nodes  | from the worse children's ends to the better's | no      | 3 a split   |
-| elbo        | the velocity at noised leaves      | towards good leaves, away from bad ones        | bound   | 3 a draw    |
-| nft         | the velocity at noised leaves      | the same, by two regressions                   | no      | 3 a draw    |
+| --objective | what is trained                 | direction of the update                      | density | units       |
+|-------------|---------------------------------|----------------------------------------------|---------|-------------|
+| surrogate   | every noisy step that is kept   | the injected noises, by advantage (Eq. 5)    | yes     | 3 / parent  |
+| endpoint    | clean estimates at split nodes  | from the worse children's ends to the better | no      | 3 / split   |
+| elbo        | the velocity at noised leaves   | towards good leaves, away from bad ones      | bound   | 3 / draw    |
+| nft         | the velocity at noised leaves   | the same, by two regressions                 | no      | 3 / draw    |
 
 A unit is one forward; a backward is two. A split is a node that branches, a draw one noised copy of one leaf.
 
@@ -28,9 +28,9 @@ Direction of time: as in sde.py. x_sigma = (1 - sigma) x0 + sigma eps and v = ep
 Sources, and departures from them:
 - endpoint: finite differences of flows (FDFO, arXiv:2603.12893) take pairs of whole paths. Here a pair is two siblings,
   and the leaves below a child are averaged, which removes the chance of later splits. Only a tree can do that.
-- elbo: arXiv:2509.25050 and arXiv:2602.04663 weigh the error of the velocity evenly over noise levels. Here the error is
-  that of the clean estimate, which weighs it by sigma^2: it learnt faster on the embedded model (LAB.md).
-- nft: arXiv:2509.16117 rolls out with a slow average of the policy. Here the old policy is the one that made the leaves.
+- elbo: arXiv:2509.25050 and arXiv:2602.04663 weigh the error of the velocity evenly over noise levels. Here it is the
+  error of the clean estimate, which weighs it by sigma^2: that learnt faster on the embedded model (LAB.md).
+- nft: arXiv:2509.16117 rolls out with a slow average of the policy. Here the old policy is that which made the leaves.
 """
 
 from collections.abc import Callable
@@ -43,13 +43,14 @@ from branchgrpo import Cond, Edges, Rollout, Rows, Sampler, clipped_loss, flatte
 from tree import Forest, count
 
 
-def edges(out: Rollout, forest: Forest, keep, advantages, prompts: Tensor, rng, args, step_weight=None) -> Edges:
+def edges(out: Rollout, forest: Forest, keep, advantages, values, prompts, rng, args, step_weight=None) -> Edges:
     """The rows of Eq. 5, see `branchgrpo.flatten_edges`; this has the arguments that all objectives share.
 
     Args:
         out, forest: the rollout and its shape.
         keep: T masks (P, n_{i+1}) of the edges to train.
         advantages: T tensors (P, n_{i+1}) from `credit`; the last one is that of the leaves.
+        values: (P, leaves) weighted rewards, on their own scale.
         prompts: (p,) indices of the prompts of this optimiser step.
         rng: P generators, for noise that is drawn after the rollout.
         args: options loss_weight, noise_draws, shift, adv_clip.
@@ -67,26 +68,30 @@ class Points(Rows):
     pull: Tensor
 
 
-def split_points(out: Rollout, forest: Forest, keep, advantages, prompts, rng, args, step_weight=None) -> Points:
+def split_points(
+    out: Rollout, forest: Forest, keep, advantages, values, prompts, rng, args, step_weight=None
+) -> Points:
     """A row for every split node that is trained, with the direction in which its better children ended.
 
         X_b = mean of x0 over the leaves below child b      d_b = X_b - mean_b X_b
-        R_b = mean of their advantages                      c_b = R_b - mean_b R_b
+        R_b = mean of their rewards                         c_b = R_b - mean_b R_b
         g   = sum_b c_b d_b / sqrt(mean_D sum_b d_b^2)
 
     g is the reward's slope along what differs between the children, times the size of that difference. Two children
-    that end at +e and -e with advantages 1 and -1 give g = 2 e / sqrt(mean_D 2 e^2), which has length sqrt(2 D)
-    whatever the size of e.
+    that end at +e and -e with rewards 1 and -1 give g = 2 e / sqrt(mean_D 2 e^2), which has length sqrt(2 D)
+    whatever the size of e. Rewards keep their scale, so a prompt whose leaves differ more teaches more; over each
+    prompt's own standard deviation it learnt more slowly (LAB.md).
 
     Arguments: see `edges`.
     """
-    ends, values = out.latents[-1][prompts], advantages[-1][prompts].to(out.latents[-1].device)  # (p, leaves, ...)
+    ends = out.latents[-1][prompts]  # (p, leaves, *latent)
+    rewards = values[prompts].to(ends)  # (p, leaves)
     columns: dict[str, list[Tensor]] = {name: [] for name in Points.__dataclass_fields__}
     for i in forest.splits:
         # The leaves below a child are adjacent: with 8 leaves and K = 2 at step 0, 0..3 and 4..7.
         families = (forest.sizes[i], forest.children[i], -1)  # n_i nodes, K children, leaves below each
         x0 = ends.unflatten(1, families).mean(3)  # (p, n_i, K, *latent)
-        reward = values.unflatten(1, families).mean(3).to(x0.dtype)  # (p, n_i, K)
+        reward = rewards.unflatten(1, families).mean(3)  # (p, n_i, K)
 
         # Differences between siblings; what they share teaches nothing about their choice.
         d = x0 - x0.mean(2, keepdim=True)
@@ -154,7 +159,9 @@ class Noised(Rows):
     v_old: Tensor | None = None
 
 
-def noised_leaves(out: Rollout, forest: Forest, keep, advantages, prompts, rng, args, step_weight=None) -> Noised:
+def noised_leaves(
+    out: Rollout, forest: Forest, keep, advantages, values, prompts, rng, args, step_weight=None
+) -> Noised:
     """--noise-draws copies of every leaf, each noised to a level of its own: x = (1 - sigma) x0 + sigma eps.
 
     Levels and noises are shared by the leaves of a prompt. What a level or a noise does to the loss is then the same

@@ -45,7 +45,7 @@ import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -256,8 +256,8 @@ class Policy:
         With text_offload the encoders visit the device for it. A run that calls this once with all of its prompts,
         before it trains, never needs the encoders again.
         """
-        # The prompts without an encoding, each once, in their order.
-        known = (lambda p: self.cached(p).exists()) if self.text_cache else self._encoded.__contains__
+        # The prompts without an encoding, each once, in their order. A file that cannot be read counts as none.
+        known = (lambda p: readable(self.cached(p))) if self.text_cache else self._encoded.__contains__
         new = [p for p in dict.fromkeys(prompts) if not known(p)]
         if not new:
             return
@@ -307,8 +307,11 @@ class Policy:
         Other processes and runs may write the same prompt at this moment, and none must ever read half a file.
         """
         temporary = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
-        save_file(row, temporary)
-        os.replace(temporary, file)
+        try:
+            save_file(row, temporary)
+            os.replace(temporary, file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"--text-cache {file.parent} cannot be written: {error}") from error
 
     # --------------------------------------------------------------------------------------------- sharding and saving
     def unshard(self, main_process: bool) -> None:
@@ -345,6 +348,15 @@ class Policy:
             self.pipe.save_pretrained(unfinished)
 
 
+def readable(file: Path) -> bool:
+    """Is this a whole file of tensors? Its header says how long it must be, so nothing else is read."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 # ------------------------------------------------------------------------------------------------------------- loading
 def samples(module: torch.nn.Module) -> list[str]:
     """About sixteen values of each weight, by which other weights of the same shape are told apart."""
@@ -369,17 +381,21 @@ def check_pipeline(model: str, pipeline_class: type) -> None:
     # that the pipeline does without has no library.
     folder = Path(model)
     try:
+        if folder.is_file():
+            raise ValueError(f"--model {model} is a file: give the folder of a diffusers pipeline, or a hub id")
         if folder.is_dir():
             index = folder / "model_index.json"
             if not index.is_file():
                 raise ValueError(f"--model {model}: no model_index.json there, so it is no diffusers pipeline")
             config = json.loads(index.read_text())
+            if not isinstance(config, dict) or "_class_name" not in config:
+                raise ValueError(f"--model {model}: its model_index.json is that of no diffusers pipeline")
             for name, value in config.items():
                 if isinstance(value, list) and value[0] and not (folder / name).is_dir():
                     raise ValueError(f"--model {model}: its component {name!r} is missing")
         else:
             config = DiffusionPipeline.load_config(model)
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise cannot_be_loaded(model, error) from error
     if config["_class_name"] != pipeline_class.__name__:
         wrong_class = f"--model {model} is a {config['_class_name']}"
@@ -388,7 +404,8 @@ def check_pipeline(model: str, pipeline_class: type) -> None:
 
 def cannot_be_loaded(model: str, error: Exception) -> ValueError:
     """What to raise for a library's error: it is long, and its first line says enough."""
-    return ValueError(f"--model {model} cannot be loaded: {str(error).strip().splitlines()[0]}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ValueError(f"--model {model} cannot be loaded: {lines[0]}")
 
 
 def load_pipeline(model: str, pipeline_class: type, dtype: torch.dtype, nf4: bool = False) -> DiffusionPipeline:
@@ -405,9 +422,41 @@ def load_pipeline(model: str, pipeline_class: type, dtype: torch.dtype, nf4: boo
     check_pipeline(model, pipeline_class)
     packing = {"quantization_config": four_bits(dtype)} if nf4 else {}
     try:
-        return pipeline_class.from_pretrained(model, dtype=dtype, **packing)
-    except OSError as error:
+        pipe = pipeline_class.from_pretrained(model, dtype=dtype, **packing)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise cannot_be_loaded(model, error) from error
+
+    # What a file lacks the libraries draw at random, and say so in a note that nobody reads.
+    if Path(model).is_dir():
+        for name, component in pipe.components.items():
+            if isinstance(component, torch.nn.Module):
+                check_weights(model, name, component)
+    return pipe
+
+
+def check_weights(model: str, name: str, component: torch.nn.Module) -> None:
+    """The files of a component hold all of its weights.
+
+    Args:
+        model: the pipeline's folder. name: the component's, which is the name of its folder there.
+
+    Raises:
+        ValueError: if a weight is in no file.
+    """
+    files = list((Path(model) / name).glob("*.safetensors"))
+    stored: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            stored |= set(opened.keys())
+
+    # Two names may share one weight, of which files keep one; a prefix may differ, and 4 bits add names of their own.
+    by_weight: dict[int, set[str]] = {}
+    for weight_name, weight in component.named_parameters(remove_duplicate=False):
+        by_weight.setdefault(id(weight), set()).add(weight_name)
+    short = {other.partition(".")[2] for other in stored}
+    lacking = [min(names) for names in by_weight.values() if not names & (stored | short)]
+    if files and lacking:
+        raise ValueError(f"--model {model}: the files of its {name} lack {len(lacking)} weights, such as {lacking[0]}")
 
 
 def start_from(pipe: DiffusionPipeline, rank: int, source: str) -> None:
@@ -423,6 +472,8 @@ def start_from(pipe: DiffusionPipeline, rank: int, source: str) -> None:
     Raises:
         ValueError: if it cannot be read, has another rank, or does not fit the adapter's layers; one sentence.
     """
+    if os.path.isabs(source) and not os.path.exists(source):
+        raise ValueError(f"--lora-from {source}: there is no such file or folder")
     try:
         wanted = {"return_alphas": True, "return_lora_metadata": True, "use_safetensors": True}  # a pickle runs code
         saved, *alphas, metadata = pipe.lora_state_dict(source, **wanted)

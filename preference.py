@@ -284,7 +284,7 @@ class PickScore(Scorer):
         state = {k: v for k, v in read_weights(self.files[0]).items() if not k.endswith("position_ids")}
         try:
             return CLIPConfig.from_json_file(self.files[1]), state
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a file that holds no object, or values of other types, raises nearly anything
             raise ValueError(f"{self.files[1]} is damaged: fetch it again") from error
 
     def image_features(self, pictures: np.ndarray) -> Tensor:

@@ -163,8 +163,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         # HPSv2 stores its weights under "state_dict", beside nothing that we need.
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("it holds more than tensors")
+        if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+            raise TypeError("it holds more than tensors and their names")
         return state
 
     # Too little memory is not the file's fault. All else is: on garbage, the readers of pickles and archives raise
@@ -199,11 +199,16 @@ def build(kind, config, state: dict[str, Tensor], path: Path, dtype: torch.dtype
         dtype: of the model.
 
     Raises:
-        ValueError: if a weight is missing, left over or of another shape, naming the first one.
+        ValueError: if a weight is missing, left over or of another shape, naming the first one; or if the configuration
+            makes no model.
     """
     # The names and shapes that the architecture has. On the meta device a model costs no memory.
-    with torch.device("meta"):
-        expected = {key: value.shape for key, value in kind(config, **kwargs).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {key: value.shape for key, value in kind(config, **kwargs).state_dict().items()}
+    except Exception as error:  # a negative size, an activation that nobody knows
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the config beside {path} makes no {kind.__name__} ({reason}): fetch it again") from error
 
     # from_pretrained would draw a missing weight at random and skip a surplus one: so both sides must be equal first.
     for key in sorted(expected.keys() | state.keys()):

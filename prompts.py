@@ -123,7 +123,7 @@ def cells_of(path: Path, **form) -> list[dict]:
                     raise ValueError(f"line {table.line_num} has more cells than the first: put text in quotes")
                 rows.append(row)
         except csv.Error as error:
-            raise csv.Error(f"line {table.line_num}: {error}") from error
+            raise csv.Error(f"line {table.reader.line_num}: {error}") from error
     return rows
 
 
@@ -205,6 +205,8 @@ def rows_of(path: str, column: str) -> list:
         names = columns_for(table.column_names, column)
         return list(table.select_columns(names)) if names else [dict.fromkeys(table.column_names)]
 
+    if not path:
+        raise ValueError("its name is empty")
     ending = Path(path).suffix.lower()
     if ending == ".parquet":
         return parquet_of(Path(path), column)
@@ -300,7 +302,7 @@ def load_prompts(args, train: str, heldout: str) -> tuple[list[str], list[str]]:
         prompts = [prompt for prompt in prompts if prompt not in unseen]
         what = f"{len(shared)} of the prompts are also held out, such as {short(shared[0])}"
         if not prompts:
-            raise ValueError(f"{what}: none is left to train on")
+            raise ValueError(f"--eval-prompts: {what}: none is left to train on")
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"{what}: they are not trained on, {len(prompts)} are left", file=sys.stderr)
     return prompts, held_out

@@ -7,15 +7,15 @@
 Videos are drawn as strips of their frames, and played in before_after.mp4 and before_after.gif.
 """
 
+import os
 import sys
 import textwrap
 from itertools import cycle
 from pathlib import Path
 
 import imageio.v2 as imageio
-import matplotlib
 
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "agg"  # files, no windows; set before matplotlib reads what the user's shell may hold
 import matplotlib.pyplot as plt
 import numpy as np
 import torch

@@ -25,7 +25,9 @@ CannotScore on them, so that a run stops before its first step. docs/rewards.md 
 import argparse
 import io
 import json
+import os
 import re
+import textwrap
 import traceback
 import unicodedata
 from collections.abc import Callable
@@ -51,7 +53,7 @@ from preference import (
     to_uint8,
     video_align,
 )
-from pretrained import PARTS, Setup, weight_files
+from pretrained import FILES, PARTS, Setup, weight_files
 
 DEFAULT = Setup()  # preference models from the hub's cache, in float32 on the CPU
 Reward = Callable[[Tensor, list[str]], Tensor]
@@ -377,30 +379,32 @@ CHECKS: dict[str, Callable[[str], object]] = {
 VIDEO = ("motion", "temporal", *PARTS)
 
 
-OURS = frozenset(REWARDS)  # rewards that are here from the start, and change nothing that they are given
-
-
-def parse_weights(text: str) -> dict[str, float]:
+def parse_weights(text: str, flag: str = "--reward or --watch") -> dict[str, float]:
     """'ocr:1,jpeg:0.1' -> {'ocr': 1.0, 'jpeg': 0.1}; a missing weight is 1.
 
+    Args:
+        flag: that the text was given to, for errors. --watch takes no weights.
+
     Raises:
-        ValueError: for an unknown or repeated name, or a weight that is not a finite number.
+        ValueError: for an unknown or repeated name, or a weight that is no number, or too large for float32.
     """
     weights: dict[str, float] = {}
     for entry in filter(None, (e.strip() for e in text.split(","))):
         name, _, number = entry.partition(":")
         if name not in REWARDS:
-            raise ValueError(f"there is no reward {name!r}: choose from {', '.join(REWARDS)}")
+            raise ValueError(f"{flag}: there is no reward {name!r}: choose from {', '.join(REWARDS)}")
         if name in weights:
-            raise ValueError(f"the reward {name!r} is named twice in {text!r}")
+            raise ValueError(f"{flag}: the reward {name!r} is named twice in {text!r}")
+        if number and flag == "--watch":
+            raise ValueError(f"--watch only measures: {name!r} takes no weight, got {entry!r}")
 
         # "nan" and "inf" are floats to Python: what is no number becomes nan, and both fail the same check.
         try:
             weights[name] = float(number or 1)
         except ValueError:
             weights[name] = float("nan")
-        if not np.isfinite(weights[name]):
-            raise ValueError(f"the weight of {name!r} must be a number, got {number!r}")
+        if not abs(weights[name]) < 1e30:
+            raise ValueError(f"{flag}: the weight of {name!r} must be a number below 1e30, got {number!r}")
     return weights
 
 
@@ -435,9 +439,9 @@ def load_rewards(
         CannotScore: for a prompt or a size that a reward cannot score; it is a ValueError too.
     """
     # 'auto' takes the quick rewards whose check passes on every prompt.
-    weights = parse_weights(reward)
+    weights = parse_weights(reward, "--reward")
     automatic = ("ocr", "colour", "motion") if blank.ndim == 5 else ("ocr", "colour")
-    watched = [n for n in automatic if can_score(n, prompts)] if watch == "auto" else parse_weights(watch)
+    watched = [n for n in automatic if can_score(n, prompts)] if watch == "auto" else parse_weights(watch, "--watch")
     names = list(dict.fromkeys([*weights, *watched]))  # a reward that is optimised and watched stands once
 
     # The quick checks come first: all prompts, then all files, before the first model is read.
@@ -455,7 +459,7 @@ def load_rewards(
     # and cannot score pictures of this size, or so few frames, is left out.
     rewards = {}
     for name in names:
-        reward_of_name = REWARDS[name](setup)
+        reward_of_name = make(name, setup)
         try:
             score({name: reward_of_name}, blank, prompts[:1])
         except CannotScore as error:
@@ -490,32 +494,72 @@ def score(rewards: dict[str, Reward], pictures: Tensor, prompts: list[str]) -> d
     return scores
 
 
+def make(name: str, setup: Setup) -> Reward:
+    """A reward from REWARDS.
+
+    Raises:
+        CannotScore: if that fails, or makes no function: the reward itself may stand there, without `lambda setup:`.
+        ValueError: for weight files, which have sentences of their own.
+    """
+    if name in FILES:
+        return REWARDS[name](setup)
+    reward = guarded(f"REWARDS[{name!r}](setup)", REWARDS[name], setup)
+    if not callable(reward):
+        raise CannotScore(f"REWARDS[{name!r}](setup) must return a function of pictures and prompts, got {reward!r}")
+    return reward
+
+
+def guarded(what: str, function: Callable, *arguments):
+    """What a user's function returns. What it changes in the whole process, and training relies on, is set back.
+
+    Many a scorer begins with torch.set_grad_enabled(False): the update would have no gradients.
+
+    Raises:
+        CannotScore: if it raises anything or exits, naming the place in its code.
+    """
+    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    threads, folder = torch.get_num_threads(), os.getcwd()  # --out may be relative
+    try:
+        return function(*arguments)
+    except CannotScore:
+        raise
+    except (Exception, SystemExit) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+        raise CannotScore(f"{what} failed at {place}: {reason}") from error
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None if device.type == "cpu" else device)  # None is quicker than "cpu"
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        os.chdir(folder)
+
+
 def ask(name: str, reward: Reward, pictures: Tensor, prompts: list[str]) -> Tensor:
     """One reward's scores, (B,) float32 on the CPU, whatever it does and returns.
 
     A reward is a user's code. It gets pictures and prompts of its own, so that one which normalises in place does not
-    turn the next one's pictures black. (Ours share them: VideoAlign knows by them that it has just rated these videos.)
+    turn the next one's pictures black. (VideoAlign's share them: it knows by them that it has just rated these videos.)
 
     Raises:
         CannotScore: naming the reward, and the place in its code where it failed.
     """
-    own = pictures if name in OURS else pictures.clone()
-    try:
-        values = reward(own, list(prompts))
-        if not isinstance(values, Tensor):
-            values = torch.as_tensor(np.asarray(values))
-        if values.is_complex() or values.dtype == torch.bool:
-            raise TypeError(f"it returned values of {values.dtype}")
-    except CannotScore:
-        raise
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        message = f"the reward {name!r} failed at {place}: {type(error).__name__}: {error}"
-        raise CannotScore(message) from error
+    own = pictures if name in PARTS else pictures.clone()
+
+    values = guarded(f"the reward {name!r}", reward, own, list(prompts))
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.tensor(values) if isinstance(values, list | tuple) else torch.from_numpy(np.array(values))
+        except (TypeError, ValueError, RuntimeError) as error:
+            shown = textwrap.shorten(repr(values), 80)
+            raise CannotScore(f"the reward {name!r} failed: it returned {shown}, not numbers") from error
+    if values.is_complex() or values.dtype == torch.bool:
+        raise CannotScore(f"the reward {name!r} failed: it returned values of {values.dtype}, not numbers")
 
     # One nan would spoil the mean and the spread of its whole prompt (Eq. 4), and so all weights.
-    values = values.detach().float().cpu()
+    values = values.detach().float().cpu().clone()  # a copy: the reward may write its next scores into the same memory
     if values.shape != (len(prompts),) or not values.isfinite().all():
         shown = values if values.numel() <= 8 else f"a tensor of shape {tuple(values.shape)}"
         raise CannotScore(f"the reward {name!r} must return {len(prompts)} finite numbers, got {shown}")

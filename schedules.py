@@ -24,13 +24,17 @@ all forests of an iteration are regular and one batch. Everything is a function 
 resumed run draws the same.
 """
 
+import itertools
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from sde import sigma_schedule, step_moments
-from tree import Forest, depth_window_range, make_forest, window_start
+from tree import Forest, depth_window_range, make_forest, spread_splits, window_start
+
+AUTO = "auto"  # the value of --splits that lets them move
 
 
 # ------------------------------------------------------------------------------------------- a forest for each method
@@ -117,12 +121,57 @@ class Schedule:
     step_weight: list[float] | None
 
 
-def schedule_of(args, iteration: int) -> Schedule:
-    """The schedule of one iteration, a function of the options, the seed and the iteration alone.
+def units_of(forest: Forest) -> int:
+    """What a prompt's forest costs, in forwards: one per node that has children, and three per trained parent."""
+    return sum(forest.sizes[:-1]) + 3 * sum(n for i, n in enumerate(forest.sizes[:-1]) if forest.stochastic(i))
+
+
+def adapted_splits(args, iteration: int, history: list[dict]) -> tuple[int, ...]:
+    """--splits auto: the split steps that explain most of the reward's variance per evaluation.
+
+    v_i, the variance that a split at step i makes (tree.split_variance), is the mean of its last 20 measurements in the
+    rows of metrics; a step that was never split has the mean of the others. Of all sets S of as many splits that with
+    the largest sum_{i in S} v_i / units(S) is taken: an early split is dearer, since all that follows is walked by more
+    nodes. Every fourth iteration, and in the first 2 T, a set is drawn at random, or what was bad once would never be
+    measured again.
+
+    Everything is read from the rows, which checkpoints keep, so a resumed run makes the same choices.
+    """
+    start = spread_splits(args.steps, args.branch, args.leaves, args.roots)
+    measured: dict[int, list[float]] = {}
+    for row in history:
+        for name in filter(lambda name: name.startswith("variance_step_"), row):
+            measured.setdefault(int(name.rsplit("_", 1)[1]), []).append(row[name])
+    if not measured:
+        return start
+
+    # The last step is deterministic, so it cannot split. Of many steps every second or third is a candidate.
+    candidates = range(0, args.steps - 1, 1 + (args.steps - 2) // 20)
+    sets = list(itertools.combinations(candidates, len(start)))
+    if iteration < 2 * args.steps or iteration % 4 == 3:
+        return sets[np.random.default_rng([args.seed, iteration, 4]).integers(len(sets))]
+
+    v = {i: float(np.mean(values[-20:])) for i, values in measured.items()}
+    unknown = float(np.mean(list(v.values())))
+
+    def per_unit(splits: tuple[int, ...]) -> float:
+        forest = METHODS[args.method](SimpleNamespace(**vars(args) | {"splits": splits}), iteration, None)
+        forest = forest.with_tail(args.flash) if args.flash else forest
+        return sum(max(v.get(i, unknown), 0.0) for i in splits) / units_of(forest)
+
+    return max(sets, key=per_unit)
+
+
+def schedule_of(args, iteration: int, history: list[dict] = ()) -> Schedule:
+    """The schedule of one iteration, a function of the options, the seed, the iteration and the rows before it.
+
+    history: the rows of metrics, which only --splits auto reads.
 
     timestep_fraction f trains a random ceil(f N) of the N stochastic steps, drawn anew in each iteration, the same for
     all leaves (DanceGRPO draws for every sample, and rounds down).
     """
+    if args.splits == AUTO:
+        args = SimpleNamespace(**vars(args) | {"splits": adapted_splits(args, iteration, history)})
     rng = np.random.default_rng([args.seed, iteration, 1])  # the last number is this stream's; that of prompts is 2
     forest = METHODS[args.method](args, iteration, rng)
 

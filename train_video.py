@@ -23,7 +23,7 @@ def job(argv: list[str] | None = None) -> tuple:
         ValueError: one sentence.
     """
     tiny = flags.HERE / "tiny"
-    parser = flags.parser(__doc__.splitlines()[0], video=True)
+    parser = flags.parser((__doc__ or "").partition("\n")[0], video=True)
     args = hardware.parse(parser, argv)
     flags.resolve(args)
     if not args.plan:

@@ -17,6 +17,7 @@ Direction of time: depth 0 is pure noise (sigma = 1), depth T the pictures (sigm
    split_variance       how much of the reward's variance each split makes
 3. ADVANTAGES           what an edge earned: `depth` is the paper's z-score per depth        Eq. 4
 4. keep_parent_top1, keep_extreme                                                           width pruning
+   keep_largest         by the size of advantages
 5. drop_window, window_start                                                                depth pruning, mix window
 6. count                nodes, edges, forwards, trained parents: by counting, not by formula
 
@@ -385,6 +386,30 @@ def keep_extreme(forest: Forest, rewards: Tensor, b: int) -> list[Tensor]:
     order = rewards.sort(dim=1, descending=True, stable=True).indices  # (P, leaves)
     extremes = torch.cat([order[:, :b], order[:, -b:]], 1)  # (P, 2b)
     return keep_leaves(forest, torch.zeros_like(rewards, dtype=torch.bool).scatter(1, extremes, True))
+
+
+def keep_largest(forest: Forest, advantages: list[Tensor], fraction: float) -> list[Tensor]:
+    """Pruning by size: at every step the parents whose children's advantages are largest, with all their edges.
+
+    A parent's size is the sum of |A| over its children: about how much its edges add to the gradient. How many are kept
+    depends on the step alone, so all prompts, and all processes, train equally many.
+
+    Args:
+        advantages: T tensors (P, n_{i+1}).
+        fraction: of the n_i parents of each step, in (0, 1]; ceil(fraction n_i) are kept. Ties go to the lower index.
+
+    Returns:
+        T bool tensors (P, n_{i+1}).
+    """
+    masks = []
+    for i, level in enumerate(advantages):
+        size = level.abs().unflatten(1, (forest.sizes[i], -1)).sum(2)  # (P, n_i)
+        largest = size.sort(dim=1, descending=True, stable=True).indices[
+            :, : math.ceil(fraction * forest.sizes[i] - 1e-9)
+        ]
+        parents = torch.zeros_like(size, dtype=torch.bool).scatter(1, largest, True)
+        masks.append(parents.repeat_interleave(forest.children[i], 1))  # (P, n_{i+1})
+    return masks
 
 
 def drop_window(forest: Forest, start: int, width: int, prompts: int = 1) -> list[Tensor]:

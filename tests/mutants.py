@@ -99,8 +99,8 @@ MUTANTS = [
     ("branchgrpo", 'fields["parent"] = number[fields["parent"]]', "number.clamp_(0)"),
     (
         "branchgrpo",
-        "last = x0hat_before is None, i == forest.steps - 1",
-        "last = x0hat_before is None, i == forest.steps",
+        "sampler.sigmas[i - 1] == 1, i == forest.steps - 1",
+        "sampler.sigmas[i - 1] == 1, i == forest.steps",
     ),
     ("schedules", "(step,), chosen=(step, step + 1))", "(step,), chosen=(step,))"),
     ("schedules", "return range(start, start + args.mix)", "return range(start, start + args.mix - 1)"),

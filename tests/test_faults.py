@@ -15,6 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import disk
@@ -24,6 +27,7 @@ import parallel
 import report
 import rewards
 import train_image
+from branchgrpo import NonFinite
 from policy import Policy
 
 HERE = Path(__file__).parent.parent
@@ -103,6 +107,60 @@ def test_names_given_by_default_never_collide():
     assert len({checkpoint.find_out(args) for _ in range(20)}) == 20
 
 
+def test_other_peoples_files_are_never_replaced(capsys, tmp_path):
+    """A new run would write over them, and could not save where another folder has a checkpoint's name."""
+    for name, words in (("model", "holds model"), ("curves.png", "holds curves.png"), ("checkpoint-2", "in the way")):
+        out = tmp_path / name
+        (out / name).mkdir(parents=True)
+        assert words in refused(capsys, "--iterations", 2, "--out", out)
+        assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_a_lock_that_cannot_be_taken_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ValueError, match="cannot be locked"):
+        disk.FolderLock(tmp_path)
+
+
+def saving(out: Path, iteration: int, keep: int) -> SimpleNamespace:
+    """A run as `save_checkpoint` sees it."""
+    (out / "options.json").write_text('{"run": "me"}')
+    accelerator = Accelerator(cpu=True)
+    policy, optimizer = SimpleNamespace(trainable=lambda: [torch.ones(1)]), SimpleNamespace(state={})
+    run = SimpleNamespace(out=out, iteration=iteration, accelerator=accelerator, policy=policy, optimizer=optimizer)
+    vars(run).update(ema=None, history=[], identity="me", at=lambda place: None, args=SimpleNamespace(keep=keep))
+    return run
+
+
+def test_the_newest_checkpoint_is_never_the_one_to_go(tmp_path, monkeypatch):
+    """A later one, damaged, does not push it out; of a link the link goes; a copy by hand is not counted."""
+    monkeypatch.setattr(parallel, "save", lambda run, folder: (folder / "weights").write_text("1"))
+    (out := tmp_path / "a").mkdir()
+    for iteration in (1, 2, 4):
+        checkpoint.save_checkpoint(saving(out, iteration, 9))
+    empty(out / "checkpoint-4/weights")
+    (out / "checkpoint-1").rename(tmp_path / "elsewhere")
+    (out / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-02")
+
+    checkpoint.save_checkpoint(saving(out, 3, 1))
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-02", "checkpoint-3", "checkpoint-4"]
+    assert (tmp_path / "elsewhere/weights").exists() and checkpoint.whole_checkpoint(out, 4).name == "checkpoint-3"
+
+
+def test_averages_and_moments_that_are_not_finite_are_not_kept(tmp_path):
+    nan = torch.tensor([torch.nan])
+    for name, changed in (
+        ("averaged weight", {"ema": SimpleNamespace(shadow_params=[nan])}),
+        ("moment of the optimiser", {"optimizer": SimpleNamespace(state={"w": {"exp_avg": nan}})}),
+    ):
+        run = saving(tmp_path, 1, 1)
+        vars(run).update(changed)
+        with pytest.raises(NonFinite, match=f"{name} is not finite after iteration 1"):
+            checkpoint.save_checkpoint(run)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 # ----------------------------------------------------------------------------------------------------- damaged files
 def flip(path: Path) -> None:
     """One bit in the middle of a file."""
@@ -150,6 +208,42 @@ def test_a_checkpoint_of_another_run_is_not_loaded(capsys, copy, tmp_path):
     shutil.copytree(other / "checkpoint-3", copy / "checkpoint-3")
     shutil.copytree(copy / "checkpoint-2", copy / "checkpoint-8")
     assert [path.name for path in checkpoint.checkpoints(copy)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("files", [None, {}, ["a"], {"metrics.jsonl": {}}])
+def test_a_list_of_files_that_is_torn_is_damage(tmp_path, files):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert disk.damage(tmp_path, files) == "its list of files is torn"
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100000])
+def test_a_manifest_that_is_torn_is_named(capsys, copy, text):
+    """Whose the folder is nobody can say: it is neither loaded nor deleted nor passed over in silence."""
+    (copy / "checkpoint-2/manifest.json").write_text(text)
+    assert "checkpoint-2 is in the way" in refused(capsys, "--iterations", 3, "--resume", copy)
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"run": None}, "names no run"),
+        ({"from_another_version": 1}, "has --from-another-version, which is unknown here"),
+        ({"lr": ...}, "does not know --lr"),  # ...: it is not there
+        ({"iterations": "3"}, "has --iterations 3, not 4"),
+    ],
+)
+def test_options_of_another_version_are_named(capsys, copy, changed, words):
+    options = json.loads((copy / "options.json").read_text()) | changed
+    (copy / "options.json").write_text(json.dumps({name: v for name, v in options.items() if v is not ...}))
+    assert words in refused(capsys, "--iterations", 4, "--resume", copy)
+
+
+def test_a_damaged_checkpoint_is_not_exported(capsys, finished, tmp_path):
+    """From the one before, its iterations would be trained again at the learning rates of a shorter run."""
+    out = tmp_path / "a"
+    shutil.copytree(finished, out)
+    empty(out / "checkpoint-2/metrics.jsonl")
+    assert "checkpoint-2 is damaged" in refused(capsys, "--iterations", 2, "--resume", out)
 
 
 def test_options_that_are_lost_are_named(capsys, copy):
@@ -245,6 +339,48 @@ def test_a_picture_that_fails_costs_nothing_else(capsys, copy, monkeypatch):
     assert (copy / "curves.png").exists() and (copy / "model/model_index.json").exists()
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("disk"), SafetensorError("disk")])
+def test_what_cannot_be_written_leaves_the_old_one_and_no_part(tmp_path, error):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_text("old")
+    with pytest.raises(ValueError, match="model cannot be written"), disk.replacing(tmp_path / "model") as unfinished:
+        unfinished.mkdir()
+        raise error
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["model", "model/weights"]
+
+
+def test_a_folder_is_replaced_whole_and_a_link_without_its_target(tmp_path, monkeypatch):
+    """A kill while the old one is deleted finds the new one under its name."""
+    names = []
+    monkeypatch.setattr(
+        disk, "remove", lambda path, remove=disk.remove: (names.append(os.listdir(model)), remove(path))
+    )
+    (old := tmp_path / "old").mkdir()
+    (old / "a").write_text("")
+    (model := tmp_path / "model").symlink_to(old)
+    for name in ("b", "c"):
+        with disk.replacing(model) as unfinished:
+            unfinished.mkdir()
+            (unfinished / name).write_text("")
+    assert names[-1] == ["c"] and not model.is_symlink() and os.listdir(old) == ["a"]
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    accelerator = SimpleNamespace(is_main_process=True)
+    with pytest.raises(ValueError, match="metrics.jsonl cannot be written"):
+        checkpoint.Log(SimpleNamespace(out=tmp_path, accelerator=accelerator, history=[]))
+
+
+def test_pictures_of_before_that_are_lost_cost_only_theirs(capsys, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "curves", lambda *args: drawn.append("curves"))
+    monkeypatch.setattr(report, "tree", lambda *args: drawn.append("tree"))
+    save_file({"other": torch.zeros(1)}, tmp_path / "before.safetensors")
+    report.write(SimpleNamespace(out=tmp_path, iteration=0, history=[]))
+    assert "compare was not drawn (KeyError" in capsys.readouterr().err and drawn == ["curves", "tree"]
+
+
 def test_titles_are_drawn_literally(tmp_path):
     """ "$$" is mathematics to matplotlib, and "$DOG$" italics."""
     pictures = torch.rand(2, 3, 32, 64)
@@ -311,6 +447,46 @@ def test_a_project_that_was_moved_knows_its_own_files(monkeypatch, tmp_path):
     assert checkpoint.same_place(str(here)) == "PROJECT/tiny/flux" == checkpoint.same_place(os.path.relpath(here))
     assert checkpoint.same_place("black-forest-labs/FLUX.1-dev") == "black-forest-labs/FLUX.1-dev"
     assert checkpoint.same_place(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file, text, words",
+    [
+        ("model_index.json", "[]", "model_index.json is that of no diffusers pipeline"),
+        ("model_index.json", "{}", "model_index.json is that of no diffusers pipeline"),
+        ("transformer/config.json", "{", "transformer/config.json is damaged"),
+        ("transformer/config.json", "[]", "transformer/config.json is damaged"),
+        ("text_encoder/config.json", "[]", "cannot be loaded"),
+        ("tokenizer/tokenizer_config.json", "{", "cannot be loaded"),
+        ("vae/diffusion_pytorch_model.safetensors", "short", "cannot be loaded"),
+    ],
+)
+def test_a_damaged_model_is_named(capsys, tmp_path, file, text, words):
+    shutil.copytree(HERE / "tiny/flux", tmp_path / "flux")
+    (tmp_path / "flux" / file).write_text(text)
+    assert words in refused(capsys, "--iterations", 0, "--model", tmp_path / "flux", "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
+def test_a_model_that_lacks_a_weight_is_named(capsys, tmp_path, component):
+    """The libraries would draw it at random."""
+    shutil.copytree(HERE / "tiny/flux", tmp_path / "flux")
+    (file,) = (tmp_path / "flux" / component).glob("*.safetensors")
+    weights = load_file(file)
+    del weights[max(weights)]
+    save_file(weights, file, metadata={"format": "pt"})
+    error = refused(capsys, "--iterations", 0, "--model", tmp_path / "flux", "--out", tmp_path / "a")
+    assert f"the files of its {component} lack 1 weights" in error or "cannot be loaded" in error
+
+
+def test_a_cached_encoding_that_is_torn_is_made_again(capsys, tmp_path):
+    """Half a file counts as none."""
+    flags = ["--iterations", 0, "--text-cache", tmp_path / "text"]
+    first = run(capsys, *flags, "--out", tmp_path / "a")
+    torn, *_ = (path for path in sorted((tmp_path / "text").iterdir()))
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert run(capsys, *flags, "--out", tmp_path / "b")["reward_before"] == first["reward_before"]
 
 
 def test_a_model_in_bf16_has_one_dtype(capsys, tmp_path):
@@ -448,10 +624,38 @@ def test_the_environment_does_not_change_a_result(capsys, finished, tmp_path, mo
     assert rows(tmp_path / "a") == rows(finished)
 
 
+def test_half_of_torchruns_variables(capsys, tmp_path, monkeypatch):
+    """A shell that kept LOCAL_RANK from another program; accelerate's own message is about its internals."""
+
+    def refuses(**options):
+        raise ValueError("Error initializing torch.distributed using env:// rendezvous\nmore")
+
+    monkeypatch.setattr(launch, "Accelerator", refuses)
+    error = refused(capsys, "--iterations", 0, "--out", tmp_path / "a")
+    assert "the processes cannot be set up (Error initializing" in error and "unset RANK" in error
+
+
+def test_output_that_nobody_reads_costs_one_line(tmp_path, capsys, monkeypatch):
+    """As with `| head -1`."""
+
+    def broken(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(launch, "describe", broken)
+    with pytest.raises(SystemExit) as stopped:
+        train_image.main([*SMALL.split(), "--iterations", "0", "--out", str(tmp_path / "a")])
+    assert stopped.value.code == 141 and "nobody reads the output" in capsys.readouterr().err
+
+
+def test_ctrl_c_beside_damaged_options_is_one_line(tmp_path):
+    (tmp_path / "options.json").write_text("{")
+    assert "options.json is damaged" in launch.where_it_stands(SimpleNamespace(out=str(tmp_path)))
+
+
 def test_a_terminal_in_latin_1(tmp_path):
-    """A folder with other letters is printed with escapes, and the run goes on."""
+    """A folder with other letters is printed with escapes, and the run goes on; so with a backend that there is not."""
     command = [sys.executable, HERE / "train_image.py", *SMALL.split(), "--iterations", "0", "--out", tmp_path / "日本"]
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "MPLBACKEND": "nonsense"}
     done = subprocess.run([str(c) for c in command], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode("latin-1")[-500:]
     assert json.loads(done.stdout.splitlines()[-1])["iterations"] == 0

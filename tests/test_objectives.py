@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_branchgrpo import ALL, DIM, PROMPTS, Toy, case, credited, float64, rolled, step  # noqa: F401 (a fixture)
+from test_branchgrpo import ALL, DIM, PROMPTS, Toy, case, credited, float64, rewards_for, rolled, step  # noqa: F401
 
 import objectives
 import train_image
@@ -77,7 +77,8 @@ def test_endpoint_is_a_loop_over_split_nodes(shape, kl):
     forest, sampler, trees = case(**shape)
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
-    rows = split_points(out, forest, keep, advantages, ALL, rng(), ARGS)
+    values = torch.from_numpy(rewards_for(forest))
+    rows = split_points(out, forest, keep, advantages, values, ALL, rng(), ARGS)
     if kl:
         policy.perturb(0.1)
 
@@ -85,12 +86,12 @@ def test_endpoint_is_a_loop_over_split_nodes(shape, kl):
     for p in range(len(PROMPTS)):
         for i in forest.splits:
             for j in range(forest.sizes[i]):
-                ends, values = [], []
+                ends, rewards = [], []
                 for child in range(j * forest.children[i], (j + 1) * forest.children[i]):
                     below = [leaf for leaf, up in enumerate(forest.ancestors(i + 1, forest.steps)) if int(up) == child]
                     ends.append(np.mean([out.latents[-1][p, leaf].numpy() for leaf in below], 0))
-                    values.append(np.mean([float(advantages[-1][p, leaf]) for leaf in below]))
-                d, c = [e - np.mean(ends, 0) for e in ends], [v - np.mean(values) for v in values]
+                    rewards.append(np.mean([float(values[p, leaf]) for leaf in below]))
+                d, c = [e - np.mean(ends, 0) for e in ends], [r - np.mean(rewards) for r in rewards]
                 pull = sum(a * b for a, b in zip(c, d)) / np.sqrt(np.mean(sum(b**2 for b in d)))
                 nodes.append((PROMPTS[p], i, out.latents[i][p, j].numpy(), pull))
     assert len(nodes) == len(rows.x) == len(PROMPTS) * sum(forest.sizes[i] for i in forest.splits)
@@ -110,11 +111,11 @@ def test_endpoint_is_a_loop_over_split_nodes(shape, kl):
 
 
 def test_a_pull_by_hand():
-    """Two children end at +e and -e, with advantages 1 and -1: 2 e / sqrt(mean 2 e^2), of length sqrt(2 D)."""
+    """Two children end at +e and -e, with rewards 1 and -1: 2 e / sqrt(mean 2 e^2), of length sqrt(2 D)."""
     forest, e = make_forest(3, 2, (0,)), torch.tensor([[1.0, 2.0], [0.0, -1.0], [0.5, 0.0]])
     out = SimpleNamespace(latents=[torch.zeros(1, n, 3, 2) for n in forest.sizes])
     out.latents[-1] = torch.stack([e, -e])[None]
-    pull = split_points(out, forest, keep_chosen(forest, 1), [None, None, torch.tensor([[1.0, -1.0]])], *last()).pull
+    pull = split_points(out, forest, keep_chosen(forest, 1), None, torch.tensor([[1.0, -1.0]]), *last()).pull
     torch.testing.assert_close(pull[0], 2 * e / (2 * e.square().mean()).sqrt())
     assert float(pull.norm()) == pytest.approx((2 * DIM) ** 0.5)
 
@@ -127,11 +128,11 @@ def last():
 def test_equal_rewards_or_equal_ends_pull_nothing():
     forest = make_forest(3, 2, (0, 1))
     out = SimpleNamespace(latents=[torch.randn(1, n, 3, 2) for n in forest.sizes])
-    same = [None, None, torch.full((1, 4), 0.3)]
-    assert not split_points(out, forest, keep_chosen(forest, 1), same, *last()).pull.any()
+    same = torch.full((1, 4), 0.3)
+    assert not split_points(out, forest, keep_chosen(forest, 1), None, same, *last()).pull.any()
     out.latents[-1] = out.latents[-1][:, :1].expand(1, 4, 3, 2)
-    different = [None, None, torch.tensor([[1.0, 2.0, 3.0, -6.0]])]
-    pull = split_points(out, forest, keep_chosen(forest, 1), different, *last()).pull
+    different = torch.tensor([[1.0, 2.0, 3.0, -6.0]])
+    pull = split_points(out, forest, keep_chosen(forest, 1), None, different, *last()).pull
     assert pull.isfinite().all() and pull.abs().max() < 1e-6
 
 
@@ -142,7 +143,7 @@ def test_only_kept_splits_are_trained():
     advantages, keep = credited(forest, trees, out)
     keep[2] = keep[2].clone()
     keep[2][:, :2] = False  # the children of the first of two nodes
-    rows = split_points(out, forest, keep, advantages, ALL, rng(), ARGS)
+    rows = split_points(out, forest, keep, advantages, torch.from_numpy(rewards_for(forest)), ALL, rng(), ARGS)
     assert len(rows.x) == 2 * len(PROMPTS)
     torch.testing.assert_close(rows.x[3:], out.latents[2][:, 1])
     assert rows_per_prompt(SimpleNamespace(objective="endpoint"), forest, keep) == 2
@@ -155,7 +156,7 @@ def leaves_with_noise(shape, objective):
     policy, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
     args = SimpleNamespace(**vars(ARGS) | {"objective": objective})
-    return policy, noised_leaves(out, forest, keep, advantages, ALL, rng(), args), sampler, out, advantages
+    return policy, noised_leaves(out, forest, keep, advantages, None, ALL, rng(), args), sampler, out, advantages
 
 
 def test_noised_leaves_are_shared_and_stratified():
@@ -178,8 +179,8 @@ def test_a_prompts_noise_does_not_depend_on_the_others():
     forest, sampler, trees = case()
     _, out = rolled(forest, sampler, trees)
     advantages, keep = credited(forest, trees, out)
-    rows = noised_leaves(out, forest, keep, advantages, ALL, rng(), ARGS)
-    alone = noised_leaves(out, forest, keep, advantages, torch.tensor([1]), rng(), ARGS)
+    rows = noised_leaves(out, forest, keep, advantages, None, ALL, rng(), ARGS)
+    alone = noised_leaves(out, forest, keep, advantages, None, torch.tensor([1]), rng(), ARGS)
     assert torch.equal(alone.x, rows.x[12:24]) and torch.equal(alone.target, rows.target[12:24])
 
 
@@ -273,6 +274,7 @@ def run(module, out, flags) -> list[dict]:
     [
         (train_image, "--objective endpoint --splits 0 --branch 4 --flash 3", 2 * (1 + 3 * 4 + 1)),
         (train_image, "--objective endpoint --method tempflow --dtype bf16 --ema 0.9", None),
+        (train_image, "--splits auto --leaves 4 --size-prune 0.5", None),
         (train_image, "--objective elbo --method ode --flash 4 --lora 2 --kl 0.1", 2 * (16 + 8)),
         (train_image, "--objective nft --updates 2 --micro-batch 3 --noise-draws 1", None),
         (train_video, "--objective nft --method ode --frames 5", None),
@@ -296,6 +298,9 @@ def test_every_objective_trains(tmp_path, module, flags, nfe):
         ("--objective surrogate --method ode", "no step would be noisy"),
         ("--objective endpoint --depth-prune", "--depth-prune does not go with --objective endpoint"),
         ("--objective elbo --loss-weight path", "--loss-weight does not go with --objective elbo"),
+        ("--splits auto --depth-prune", "--splits auto does not go with --depth-prune"),
+        ("--size-prune 0.5 --width-prune", "--size-prune does not go with --width-prune"),
+        ("--splits automatic", "whole numbers"),
         ("--noise-draws 2", "--noise-draws does not go with --objective surrogate"),
         ("--objective fdfo", "invalid choice"),
     ],

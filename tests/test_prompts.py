@@ -5,10 +5,11 @@ import time
 from types import SimpleNamespace
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 import rewards
-from prompts import load_prompts, read_prompts
+from prompts import load_prompts, parquet_of, read_prompts
 
 PROMPTS = ["a cat", "a dog", "a red  bicycle", "a cat", " ", "ein Löwe"]
 WANTED = ["a cat", "a dog", "a red  bicycle", "ein Löwe"]
@@ -129,6 +130,18 @@ FILES = {  # what it is -> name, content, column, its prompts
     "a byte-order mark before a heading": ("a.csv", "\ufeffprompt\na cat\n", "prompt", ["a cat"]),
     "a byte-order mark before JSON": ("a.json", '\ufeff["a cat"]', "prompt", ["a cat"]),
     "lines that end as on Windows": ("a.txt", "a cat\r\na dog\r\n", "prompt", ["a cat", "a dog"]),
+    "JSON lines in a file called .json": ("a.json", '{"prompt": "a"}\n{"prompt": "b"}\n', "prompt", ["a", "b"]),
+    "prompts, one per line of JSON": ("a.jsonl", '"a"\n"b"\n', "prompt", ["a", "b"]),
+    "separators inside a line": ("a.txt", "a\u2028b\x0cc\x85d\ne\n", "prompt", ["a\u2028b\x0cc\x85d", "e"]),
+    "separators inside JSON": ("a.jsonl", '{"prompt": "a\u2028b"}\n', "prompt", ["a\u2028b"]),
+    "quotes that a table with tabs does not close": (  # as PartiPrompts.tsv
+        "a.tsv",
+        'Prompt\tNote\n"OPEN" on a sign\tText\na 12" pizza\t\n"half\t\n',
+        "prompt",
+        ['"OPEN" on a sign', 'a 12" pizza', '"half'],
+    ),
+    "quotes around a cell with tabs": ("a.tsv", 'n\tprompt\n1\t"a ""b""\tc"\n', "prompt", ['a "b"\tc']),
+    "empty cells beyond the heading": ("a.csv", "prompt,n\na,1,,\n", "prompt", ["a"]),
     "cells that are empty": ("a.csv", "prompt,n\n,1\na,2\n", "prompt", ["a"]),
 }
 REFUSED = {  # what it is -> name, content, column, words of the one sentence
@@ -148,12 +161,27 @@ REFUSED = {  # what it is -> name, content, column, words of the one sentence
     "columns of unequal length": ("a.json", '{"prompt": ["a"], "n": []}', "prompt", "a list of prompts or of records"),
     "a broken line": ("a.jsonl", '{"prompt": "a"}\n{"prompt"\n', "prompt", "line 2 is no JSON"),
     "another encoding": ("a.txt", b"caf\xe9\n", "prompt", "cannot be read: 'utf-8' codec"),
+    "a prompt with commas without quotes": ("a.csv", "prompt\na\na cat, asleep\n", "prompt", "line 3 has more cells"),
+    "a quote that does not close": ("a.csv", 'prompt,n\n"a,1\nb,2\n', "prompt", "line 3: unexpected end of data"),
+    "quotes around half a cell": ("a.csv", 'prompt,n\n"OPEN" sign,1\n', "prompt", "line 2: ',' expected after '\"'"),
+    "a column named twice": ("a.csv", "prompt,prompt\na,b\n", "prompt", "two of its columns are called 'prompt'"),
+    "UTF-16 without a mark": ("a.txt", "a cat\n".encode("utf-16-le"), "prompt", "is no UTF-8 text"),
+    "half a character": ("a.json", '["a \\ud83d"]', "prompt", "the prompt 'a \\ud83d' is no UTF-8 text"),
+    "a list of numbers": ("a.json", "[1, 2]", "prompt", "a.json holds numbers, not text"),
+    "a list in a line": ("a.jsonl", '["a", "b"]\n', "prompt", "a.jsonl holds lists, not text"),
+    "a message without text": (
+        "a.jsonl",
+        json.dumps({"prompt": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}),
+        "prompt",
+        "holds no prompt",
+    ),
+    "a folder of prompts": ("prompts/b", "a cat\n", "prompt", "cannot be read: it is a folder"),
     "a folder": ("a.txt/b", "", "prompt", "cannot be read"),
 }
 
 
 def saved(folder, name: str, content) -> str:
-    """A file of this content; of name "a.txt/b" the folder a.txt."""
+    """A file of this content; of name "a.txt/b" or "prompts/b" the folder."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -173,6 +201,44 @@ def test_files_that_are_refused(tmp_path, name, content, column, words):
         read_prompts(path, "--eval-prompts", column)
     assert words in str(caught.value) and f"--eval-prompts {path}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_of_a_wide_table_only_the_column_is_read(tmp_path):
+    """As Pick-a-Pic, whose files hold pictures; a heading in another case, a dot in a name, a column inside another."""
+    path = tmp_path / "a.parquet"
+    columns = {"Prompt": ["a", None, "b"], "a.b": ["c"] * 3, "info": [{"text": "d"}] * 3, "jpg": [b"\xff"] * 3}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    for column, wanted in (("prompt", ["a", "b"]), ("a.b", ["c"]), ("info.text", ["d"])):
+        assert read_prompts(str(path), "--prompts", column) == wanted
+        assert [len(row) for row in parquet_of(path, column)] == [1, 1, 1]
+    for column, words in (("jpg", "'jpg' holds bytes, not text"), ("text", "only Prompt, a.b, info, jpg: name one")):
+        with pytest.raises(ValueError, match=words):
+            read_prompts(str(path), "--prompts", column)
+
+
+def test_a_data_set_of_the_hub_with_a_heading_in_another_case(monkeypatch):
+    """Only its first prompt was read."""
+    table = datasets.Dataset.from_dict({"Prompt": PROMPTS, "a.b": WANTED + ["x", "y"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
+    assert read_prompts("hub:a/b", "--prompts") == WANTED
+    assert read_prompts("hub:a/b", "--prompts", "a.b") == [*WANTED, "x", "y"]
+    with pytest.raises(ValueError, match="no column 'text', only Prompt, a.b"):
+        read_prompts("hub:a/b", "--prompts", "text")
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub::train"])
+def test_a_data_set_without_a_name(name):
+    with pytest.raises(ValueError, match=f"--prompts {name} cannot be read: it must be hub:NAME"):
+        read_prompts(name, "--prompts")
+
+
+def test_a_flag_left_empty_is_not_replaced_by_the_embedded_prompts(tmp_path):
+    """As --prompts "$FILE" leaves it where FILE is not set."""
+    path = saved(tmp_path, "a.txt", "a\nb\n")
+    for prompts, eval_prompts, flag in (("", None, "--prompts"), (path, "", "--eval-prompts")):
+        args = SimpleNamespace(**vars(asked(prompts)) | {"eval_prompts": eval_prompts})
+        with pytest.raises(ValueError, match=f"{flag}  cannot be read: its name is empty"):
+            load_prompts(args, path, path)
 
 
 def test_a_byte_order_mark_hides_no_shared_prompt(tmp_path, capsys):

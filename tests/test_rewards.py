@@ -1,14 +1,19 @@
 """Rewards on pictures whose right score is known."""
 
 import io
+import os
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import rewards as R
+from pretrained import FILES, read_weights
 from tiny.make_tiny_flux import COLOURS, FACES, draw
 
 WORDS = ["CAT", "ZEBRA", "OWL", "QUIZ", "WWW", "IJ", "OOO", "HOUSE"]
@@ -113,8 +118,12 @@ def test_weights():
     """Of the flag --reward: a missing weight is 1; unknown and repeated names and what is no number are refused."""
     assert R.parse_weights("ocr, colour:0.5") == {"ocr": 1, "colour": 0.5}
     for bad, word in (("beauty", "no reward"), ("ocr:x", "number"), ("ocr:nan", "number"), ("ocr,ocr", "twice")):
-        with pytest.raises(ValueError, match=word):
-            R.parse_weights(bad)
+        with pytest.raises(ValueError, match=f"--reward: .*{word}"):
+            R.parse_weights(bad, "--reward")
+    with pytest.raises(ValueError, match="must be a number below 1e30, got '1e39'"):  # infinite in float32
+        R.parse_weights("ocr:1e39")
+    with pytest.raises(ValueError, match="--watch only measures: 'ocr' takes no weight"):
+        R.parse_weights("ocr:2", "--watch")
 
 
 def test_weighted_sum():
@@ -140,3 +149,111 @@ def test_a_reward_must_return_finite_numbers():
         with pytest.raises(R.CannotScore, match="finite"):
             R.score({"bad": lambda x, p, bad=bad: bad}, torch.ones(1, 3, 8, 8), ["x"])
     assert R.score({"jpeg": R.jpeg}, torch.ones(1, 3, 8, 8), ["x"])["jpeg"] < 0
+
+
+# ------------------------------------------------------------------------------------------------- weights of a reward
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("[]", "config.json is damaged: fetch it again"),
+        ("null", "config.json is damaged: fetch it again"),
+        ('{"text_config": {"hidden_size": "abc"}}', "config.json is damaged: fetch it again"),
+        ('{"text_config": {"hidden_size": -8}}', "makes no CLIPModel (RuntimeError"),
+        ('{"text_config": {"hidden_act": "nope"}}', "makes no CLIPModel (KeyError"),
+        ("{}", "'a' is missing, left over or of another shape"),
+    ],
+)
+def test_a_config_that_makes_no_model(tmp_path, config, words):
+    """One sentence that names the file, whatever transformers raises."""
+    for repository, name in FILES["pickscore"]:
+        (tmp_path / repository).mkdir(parents=True, exist_ok=True)
+        (tmp_path / repository / name).write_text(config)
+    save_file({"a": torch.ones(1)}, tmp_path / repository / "model.safetensors")
+    with pytest.raises(ValueError) as caught:
+        R.load_rewards("pickscore", "", ["a"], torch.ones(1, 3, 8, 8), R.Setup(str(tmp_path)))
+    assert words in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_weights_without_names(tmp_path):
+    for state in ({5: torch.ones(1)}, [torch.ones(1)], {"state_dict": 3}):
+        torch.save(state, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match="a.pt is damaged or holds no weights"):
+            read_weights(tmp_path / "a.pt")
+
+
+# --------------------------------------------------------------------------------------------------- a user's reward
+def brightness(pictures, prompts):
+    """A reward as a user writes it."""
+    return pictures.mean((1, 2, 3))
+
+
+def test_a_reward_changes_nothing_that_training_relies_on(tmp_path):
+    """Gradients switched off, another default type or device, another folder: in its making and in its scoring."""
+
+    def careless(pictures, prompts):
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        os.chdir(tmp_path)
+        return [0.5] * len(prompts) if prompts else pictures
+
+    before = os.getcwd()
+    R.REWARDS["careless"] = lambda setup: careless(brightness, [])
+    try:
+        reward = R.make("careless", R.DEFAULT)
+        assert (torch.zeros(1).device.type, torch.zeros(1).dtype) == ("cpu", torch.float32)
+    finally:
+        del R.REWARDS["careless"]
+    assert R.ask("x", reward, torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
+    assert R.ask("x", careless, torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [0.5, 0.5]
+    assert torch.is_grad_enabled() and torch.zeros(1).dtype == torch.float32 and os.getcwd() == before
+
+
+def test_scores_do_not_share_a_rewards_memory():
+    """Two rewards that write into one buffer: the second would overwrite the first one's scores."""
+    buffer = torch.zeros(2)
+    two = {"a": lambda x, p: buffer.fill_(1), "b": lambda x, p: buffer.fill_(2)}
+    scores = R.score(two, torch.ones(2, 3, 4, 4), ["a", "b"])
+    assert (scores["a"].tolist(), scores["b"].tolist()) == ([1, 1], [2, 2])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.array([2.0, 1.0])[::-1], [torch.tensor(1.0, requires_grad=True), torch.tensor(2.0)], (np.float64(1), 2)],
+)
+def test_scores_of_other_kinds(values):
+    """Turned round by numpy, a list of tensors, numbers of two libraries."""
+    assert R.ask("x", lambda x, p: values, torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 2]
+
+
+def leaves(pictures, prompts):
+    """A script that was made a reward: run to its end, it would end the training too, with exit code 0."""
+    sys.exit(0)
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (leaves, "the reward 'x' failed at test_rewards.py:"),
+        (lambda x, p: torch.ones(2, dtype=torch.bool), "it returned values of torch.bool, not numbers"),
+        (lambda x, p: {"score": 1}, r"it returned {'score': 1}, not numbers"),
+    ],
+)
+def test_what_is_no_score(function, words):
+    with pytest.raises(R.CannotScore, match=words):
+        R.ask("x", function, torch.ones(2, 3, 4, 4), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "made, words",
+    [
+        (brightness, r"REWARDS\['x'\]\(setup\) failed at rewards.py:\d+: TypeError: brightness\(\) missing"),
+        (lambda setup: None, "must return a function of pictures and prompts, got None"),
+        (lambda setup: torch.load("/nowhere/weights.pt"), "failed at serialization.py:.* FileNotFoundError"),
+    ],
+)
+def test_a_reward_that_cannot_be_made(monkeypatch, made, words):
+    """The reward itself in the place of what makes it; nothing; a file that is not there."""
+    monkeypatch.setitem(R.REWARDS, "x", made)
+    with pytest.raises(R.CannotScore, match=words):
+        R.load_rewards("x", "", ["a"], torch.ones(1, 3, 8, 8))

@@ -9,6 +9,7 @@ import oracle
 import pytest
 
 from schedules import DANCE_STEPS, METHODS, noise_sharing, schedule_of, step_std_weights
+from tree import make_forest
 
 T = 20
 
@@ -51,7 +52,7 @@ def forests(args, iterations=None):
 
 def test_the_seven_methods():
     seven = {"branchgrpo", "branchgrpo-mix", "dancegrpo", "flowgrpo", "mixgrpo", "flowgrpo-fast", "tempflow"}
-    assert set(METHODS) == seven
+    assert set(METHODS) == seven | {"ode"}  # and rollouts without noise, for objectives that need none
     dance = {"branchgrpo", "branchgrpo-mix", "dancegrpo"}
     assert dance == set(DANCE_STEPS) < set(METHODS)
 
@@ -152,7 +153,7 @@ def test_one_random_step_then_ode(method, after):
     assert np.abs(counts[:-1] - 400 * p).max() < 5 * math.sqrt(400 * p * (1 - p))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "ode"])  # it has nothing to choose
 def test_a_plan_is_a_function_of_seed_and_iteration(method):
     """Asked again, or in another order, an iteration's plan is the same: a resumed run agrees."""
     args = options(method, timestep_fraction=0.5, depth_prune=3)
@@ -225,3 +226,49 @@ def test_only_tempflow_has_step_weights():
     for method in METHODS:
         weights = schedule_of(options(method), 0).step_weight
         assert weights == (step_std_weights(options(method)) if method == "tempflow" else None)
+
+
+# ----------------------------------------------------------------------------------------------------- adaptive splits
+def measured(**variances) -> list[dict]:
+    """Rows as metrics.jsonl has them: the evaluation, then iterations with step1=0.3 as variance_step_1."""
+    rows = [{f"variance_step_{name[4:]}": v} for name, v in variances.items()]
+    return [{"heldout_reward": 1.0}, *rows]
+
+
+AUTO_ARGS = {"splits": "auto", "steps": 10, "leaves": 4, "mix": 0, "method": "branchgrpo-mix", "seed": 3}
+
+
+def test_adapted_splits_begin_as_the_spread_ones_then_look_around():
+    args = options(**AUTO_ARGS)
+    assert schedule_of(args, 0).forest.splits == (0, 4)
+    drawn = [schedule_of(args, i, measured(step0=1.0)).forest for i in range(1, 20)]
+    assert len({forest.splits for forest in drawn}) > 10 and all(forest.leaves == 4 for forest in drawn)
+    assert [f.splits for f in drawn] == [schedule_of(args, i, measured(step0=1.0)).forest.splits for i in range(1, 20)]
+
+
+def test_adapted_splits_go_where_variance_per_unit_is_largest():
+    """Equal variances: the latest steps, which are cheapest. A step with most of it is always taken; noise is not."""
+    args, steps = options(**AUTO_ARGS), range(9)
+    equal = {f"step{i}": 0.1 for i in steps}
+    assert schedule_of(args, 20, measured(**equal)).forest.splits == (7, 8)
+    early = equal | {"step1": 2.0}
+    assert 1 in schedule_of(args, 20, measured(**early)).forest.splits
+    sole = {f"step{i}": -0.1 for i in steps} | {"step5": 1.0}
+    best = schedule_of(args, 20, measured(**sole)).forest
+    assert 5 in best.splits
+
+    # By hand: the value of every pair, over its units.
+    def value(pair):
+        forest = make_forest(10, 2, pair, chosen=())
+        nodes = forest.sizes[:-1]
+        return sum(early[f"step{i}"] for i in pair) / (sum(nodes) + 3 * sum(nodes[i] for i in pair))
+
+    chosen = schedule_of(args, 20, measured(**early)).forest.splits
+    assert value(chosen) == max(value((i, j)) for i in steps for j in range(i + 1, 9))
+
+
+def test_adapted_splits_never_stop_looking_around():
+    args = options(**AUTO_ARGS)
+    rows = measured(**{f"step{i}": 0.1 for i in range(9)})
+    splits = [schedule_of(args, i, rows).forest.splits for i in range(20, 60)]
+    assert {s for i, s in enumerate(splits, 20) if i % 4 != 3} == {(7, 8)} and len(set(splits)) > 5

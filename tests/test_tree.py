@@ -24,6 +24,7 @@ from tree import (
     drop_window,
     fuse,
     keep_extreme,
+    keep_largest,
     keep_parent_top1,
     make_forest,
     split_variance,
@@ -736,3 +737,35 @@ def test_variance_of_splits_is_unbiased():
         rewards += effects.repeat_interleave(27 // forest.sizes[i + 1], 1)
     estimated = split_variance(rewards, forest)
     assert all(estimated[i] == pytest.approx(v, rel=0.05) for i, v in variances.items())
+
+
+# ---------------------------------------------------------------------------------------------------- pruning by size
+def test_the_largest_parents_by_hand():
+    """Sizes of the parents of step 1 are |0.1| + |-0.9| = 1.0 and 0.5 + 0.2 = 0.7: of two, half is the first."""
+    forest = make_forest(3, 2, (0, 1))
+    advantages = [torch.tensor([[1.0, -1.0]]), torch.tensor([[0.1, -0.9, 0.5, 0.2]]), torch.zeros(1, 4)]
+    kept = keep_largest(forest, advantages, 0.5)
+    assert [mask.tolist() for mask in kept] == [
+        [[True] * 2],
+        [[True, True, False, False]],
+        [[True, True, False, False]],
+    ]
+    assert all(mask.all() for mask in keep_largest(forest, advantages, 1.0))
+
+
+@many
+@given(shapes(), st.sampled_from([0.1, 0.3, 0.5, 0.9]), st.integers(0, 9))
+def test_every_prompt_keeps_equally_many_parents(shape, fraction, seed):
+    """ceil(fraction n_i) of them, whole families, and none that is left out is larger than one that is kept."""
+    forest = make_forest(*shape)
+    rng = np.random.default_rng(seed)
+    levels = [torch.from_numpy(np.round(rng.normal(size=(3, n)), 1)) for n in forest.sizes[1:]]
+    for i, (mask, level) in enumerate(zip(keep_largest(forest, levels, fraction), levels)):
+        families = mask.unflatten(1, (forest.sizes[i], -1))
+        assert torch.equal(families.any(2), families.all(2))
+        kept = families.all(2)
+        assert (kept.sum(1) == math.ceil(fraction * forest.sizes[i] - 1e-9)).all()
+        size = level.abs().unflatten(1, (forest.sizes[i], -1)).sum(2)
+        for p in range(3):
+            if not kept[p].all():
+                assert size[p][kept[p]].min() >= size[p][~kept[p]].max()
