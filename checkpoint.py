@@ -63,6 +63,7 @@ class Run:
     identity: str = ""  # of the run, as its options.json and its checkpoints name it
     iteration: int = 0  # iterations done
     history: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
+    silent: dict[str, int] = field(default_factory=dict)  # prompt -> visits without spread, see prompts.py
     pictures: Tensor | None = None  # of the last evaluation
     lookout: parallel.Lookout | None = None  # with several processes
 
@@ -291,6 +292,7 @@ def save_checkpoint(run: Run) -> None:
         if main:
             rows = "".join(json.dumps(row) + "\n" for row in run.history)
             (unfinished / "metrics.jsonl").write_text(rows, encoding="utf-8")
+            (unfinished / "silent.json").write_text(json.dumps(run.silent), encoding="utf-8")
             listed = {"run": run.identity, "iteration": run.iteration, "files": list_files(unfinished, MANIFEST)}
             write_durably(unfinished / MANIFEST, json.dumps(listed, indent=1))
             if final in checkpoints(run.out):
@@ -312,6 +314,8 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     """Restore what `save_checkpoint` wrote, on any number of processes; metric rows written after it are dropped."""
     parallel.load(run, folder)
     run.history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    if (folder / "silent.json").exists():  # checkpoints had none before --silent-prompts
+        run.silent = json.loads((folder / "silent.json").read_text(encoding="utf-8"))
     run.iteration = iteration_of(folder)
 
 

@@ -382,6 +382,8 @@ def add_optimisation_flags(g) -> None:
     """Iterations, optimiser steps, rates."""
     g("--iterations", type=FROM_ZERO, help="0 only evaluates")
     g("--prompts-per-iteration", type=COUNT, help="over all processes")
+    silent = "how often a prompt is still drawn whose leaves all scored alike in its last two visits; 1 is always"
+    g("--silent-prompts", type=FRACTION, default=1.0, metavar="FRACTION", help=silent)
     g("--updates", type=COUNT, default=1, help="optimiser steps per iteration; 1 is exactly on-policy")
     g(
         "--updates-by",

@@ -36,7 +36,7 @@ from disk import FolderLock, cannot_write, check_room, check_writable, write_dur
 from flags import HERE, describe
 from loop import Stopped, evaluate, keep_before, summary, train
 from parallel import Lookout, check_metadata, together
-from prompts import digest_of, own_prompts
+from prompts import digest_of, drawn_prompts, own_prompts
 
 
 def start(script: str, job, argv: list[str] | None, finish) -> None:
@@ -345,7 +345,9 @@ def prepare(args, accelerator: Accelerator, load_policy, shape: tuple[int, ...],
     # With --text-offload the text encoders visit the device once: all
     # prompts that this process will need are encoded now.
     if args.text_offload:
-        own = [prompt for i in range(args.iterations) for prompt in own_prompts(args, accelerator, prompts, i)]
+        every = (drawn_prompts(args, prompts, i, {}) for i in range(args.iterations))
+        own = [prompt for drawn in every for prompt in own_prompts(accelerator, drawn)]
+        own = prompts if args.silent_prompts < 1 else own  # then any of them may come
         policy.remember([*dict.fromkeys(own), *heldout[: args.eval_size + accelerator.num_processes]])
 
     # min_decay = decay switches diffusers' warm-up off: the average has

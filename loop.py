@@ -32,7 +32,7 @@ from checkpoint import Log, Run, save_checkpoint
 from disk import replacing
 from objectives import OBJECTIVES, ON_LEAVES, remember_velocity, rows_per_prompt
 from parallel import together
-from prompts import own_prompts
+from prompts import count_silent, drawn_prompts, own_prompts
 from schedules import schedule_of
 from tree import EQUAL, Forest, count, effective_leaves, split_variance
 
@@ -169,7 +169,8 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     run.at(f"iteration {iteration + 1}: rollout")
 
     # 1. The prompts of this process, and their slots in the iteration, which key their noise.
-    prompts = own_prompts(args, acc, run.prompts, iteration)
+    drawn = drawn_prompts(args, run.prompts, iteration, run.silent)
+    prompts = own_prompts(acc, drawn)
     slots = range(args.prompts_per_iteration)[acc.process_index :: acc.num_processes]
     cond = policy.encode(prompts)
 
@@ -216,16 +217,25 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     trained = [s for s in stats if s]
     row |= {name: float(np.mean([s[name] for s in trained])) for name in (trained[0] if trained else {})}
     row |= {"ratio_dev": stats[0]["ratio_dev"]} if "ratio_dev" in stats[0] else {}
-    row |= rollout_metrics(run, out, forest, keep, leaf_rewards, scores)
+    row |= rollout_metrics(run, out, forest, keep, leaf_rewards, scores, drawn)
     row["trained_edges"] = sum(len(batch.weight) for batch in batches) * acc.num_processes
     return row, {"leaf_rewards": leaf_rewards, "advantages": torch.cat(advantages, 1)}
 
 
-def rollout_metrics(run: Run, out: Rollout, forest: Forest, keep, leaf_rewards: Tensor, scores) -> dict[str, float]:
-    """The metrics of an iteration beside those of its updates: rewards of all processes, counts, memory."""
+def rollout_metrics(
+    run: Run, out: Rollout, forest: Forest, keep, leaf_rewards: Tensor, scores, drawn: list[str]
+) -> dict[str, float]:
+    """The metrics of an iteration beside those of its updates: rewards of all processes, counts, memory.
+
+    Also notes which of the prompts `drawn`, those of all processes, taught nothing.
+    """
     args, acc = run.args, run.accelerator
     rewards = acc.gather(leaf_rewards.to(acc.device))  # (P of all processes, leaves)
     spread = rewards.std(1, correction=0)
+
+    # Gathered rewards stand process by process, and process r owns the slots r, r + R, ...
+    by_process = [prompt for rank in range(acc.num_processes) for prompt in drawn[rank :: acc.num_processes]]
+    count_silent(run.silent, by_process, (spread >= EQUAL).tolist())
     trained, again = rows_per_prompt(args, forest, keep), args.objective in ON_LEAVES and args.updates > 1
     return (
         {
@@ -236,6 +246,8 @@ def rollout_metrics(run: Run, out: Rollout, forest: Forest, keep, leaf_rewards: 
             "leaves": forest.leaves,
             # Evaluations of the transformer, in rollout and training. (The paper's NFE new is `kept` of tree.count.)
             "nfe": (count(forest)["forwards"] + trained * (1 + again)) * args.prompts_per_iteration,
+            # The same with the backwards, which take two forwards each.
+            "units": (count(forest)["forwards"] + trained * (3 + again)) * args.prompts_per_iteration,
             "peak_gib": peak_gib(acc.device),
         }
         | {f"variance_step_{i}": v for i, v in split_variance(rewards.cpu(), forest).items()}

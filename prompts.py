@@ -3,10 +3,11 @@
 1. `read_prompts`   a file of any kind, or a data set of the hub -> a list of different prompts
 2. `load_prompts`   the prompts to train on, and the held-out ones, which have none in common with them
 3. `prompts_at`     an endless stream of the training prompts: each epoch is a new permutation of all of them
-4. `own_prompts`    the entries of the stream that one process takes in one iteration
+4. `drawn_prompts`  the prompts of one iteration; those that teach nothing may give way to others
+5. `own_prompts`    those of them that one process takes
 
 What an iteration takes depends on the seed and the iteration's number alone. So a resumed run needs no state of a data
-loader, and it goes on where the killed one stopped.
+loader, and it goes on where the killed one stopped. (Which prompts taught nothing is kept in checkpoints.)
 
 Processes share an iteration's prompts. Of n = --prompts-per-iteration slots, process r of R takes the slots r, r + R,
 r + 2R, ... The loop then cuts each process's list into --updates consecutive pieces (--updates-by prompts). With n = 4,
@@ -331,17 +332,47 @@ def prompts_at(prompts: list[str], seed: int, first: int, n: int) -> list[str]:
     return [prompts[order[i // size][i % size]] for i in range(first, first + n)]
 
 
-def own_prompts(args, accelerator: Accelerator, prompts: list[str], iteration: int) -> list[str]:
-    """The prompts of an iteration that this process owns; the module's example says why these.
+def drawn_prompts(args, prompts: list[str], iteration: int, silent: dict[str, int]) -> list[str]:
+    """The prompts of an iteration, of all processes.
+
+    A prompt whose leaves all scored alike in its last two visits is silent: it taught nothing, and will hardly do so
+    next time. With --silent-prompts F below 1 it keeps its place with probability F only. Else another one takes it,
+    drawn from those that are not silent. The floor F is there because the policy changes: what was always solved, or
+    never, may come to teach something.
 
     Args:
-        args: the flags --prompts-per-iteration (n, over all processes) and --seed.
+        args: the flags --prompts-per-iteration (n, over all processes), --seed and --silent-prompts.
         prompts: all training prompts.
         iteration: from 0. Iteration 3 with n = 4 takes the entries 12 .. 15 of the stream.
-
-    Returns:
-        n / R prompts, for R processes.
+        silent: prompt -> its visits without spread since the last one that had some; see `count_silent`.
     """
     n = args.prompts_per_iteration
     taken = prompts_at(prompts, args.seed, iteration * n, n)
-    return taken[accelerator.process_index :: accelerator.num_processes]
+    if args.silent_prompts == 1:
+        return taken
+
+    # The 5 keeps this generator apart from the seed's others. The draw is made for every slot, so that one slot's
+    # fortune does not move the next one's.
+    rng, speaking = np.random.default_rng([args.seed, iteration, 5]), [p for p in prompts if silent.get(p, 0) < 2]
+    for slot, (chance, other) in enumerate(zip(rng.random(n), rng.integers(max(1, len(speaking)), size=n))):
+        if silent.get(taken[slot], 0) >= 2 and chance >= args.silent_prompts and speaking:
+            taken[slot] = speaking[other]
+    return taken
+
+
+def count_silent(silent: dict[str, int], prompts: list[str], spreads: list[bool]) -> None:
+    """Count, in place, the visits without spread of an iteration's prompts; one that has spread starts again at 0."""
+    for prompt, spread in zip(prompts, spreads):
+        if spread:
+            silent.pop(prompt, None)
+        else:
+            silent[prompt] = silent.get(prompt, 0) + 1
+
+
+def own_prompts(accelerator: Accelerator, drawn: list[str]) -> list[str]:
+    """Those of an iteration's prompts that this process owns; the module's example says why these.
+
+    Returns:
+        n / R prompts, for n prompts and R processes.
+    """
+    return drawn[accelerator.process_index :: accelerator.num_processes]

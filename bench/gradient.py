@@ -4,7 +4,8 @@ Question    How noisy is one iteration's gradient, and does it point where the r
 Hypothesis  A tree costs less per estimate, but its leaves are correlated. Noise at steps between the splits adds
             variance, since no advantage of Eq. 4 can tell such steps apart; noise at the splits only should therefore
             give more signal per model evaluation. Pruning saves units. By depth it drops a part of the signal. By
-            width it keeps edges because of their rewards, which biases.
+            width it keeps edges because of their rewards, which biases. The endpoint objective takes the ends of the
+            children in place of the noises, most of which does nothing to the reward: less noise, and some bias.
 Metric      For a frozen policy, over trials, each the rollout of one prompt:
             1. Relative noise tr Cov(g) / |E g|^2. For one prompt, numerator and denominator are averaged over prompts.
                For all prompts, E runs over prompts too: that is what training follows, and Cov then holds how prompts
@@ -32,7 +33,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from branchgrpo import Sampler, flatten_edges, generators, prune, rollout, update
+from branchgrpo import Sampler, generators, prune, rollout, update
+from objectives import OBJECTIVES, rows_per_prompt
 from rewards import score, weighted_sum
 from sde import sigma_schedule
 from tree import advantages, count, depth_window_range, fuse, make_forest
@@ -70,6 +72,7 @@ def unfused(out, forest, rewards):
 
 TREE = "all steps noisy, tree, every edge the same weight (Eq. 5)"
 SPLITS = "splits noisy, tree, every edge the same weight"
+ENDPOINT = "splits noisy, tree, endpoint"
 ARMS = {  # name -> is it a tree? credit, loss weight, which steps are noisy (this names the reference), pruning
     "all steps noisy, independent": (False, group, "path", "all"),
     "all steps noisy, tree": (True, branch, "path", "all"),
@@ -83,8 +86,17 @@ ARMS = {  # name -> is it a tree? credit, loss weight, which steps are noisy (th
     SPLITS: (True, branch, "edge", "splits"),
     "splits noisy, tree, group advantage": (True, group, "path", "splits"),
     "the same, every edge the same weight": (True, group, "edge", "splits"),
+    # Other objectives. The last two of a tuple: the objective, and whether the tree is one split into all leaves.
+    ENDPOINT: (True, branch, "edge", "splits", {}, "endpoint"),
+    "splits noisy, star": (True, branch, "edge", "splits", {}, "surrogate", True),
+    "splits noisy, star, endpoint": (True, branch, "edge", "splits", {}, "endpoint", True),
+    "no noise, independent, elbo": (False, group, "edge", "none", {}, "elbo"),
+    "no noise, independent, nft": (False, group, "edge", "none", {}, "nft"),
+    "splits noisy, tree, elbo": (True, group, "edge", "splits", {}, "elbo"),
 }
 PAIRS = {  # question -> the two arms whose units are divided
+    "the endpoint objective instead of Eq. 5, splits noisy": (ENDPOINT, SPLITS),
+    "the endpoint objective instead of Eq. 5, star": ("splits noisy, star, endpoint", "splits noisy, star"),
     "width pruning": ("the same, width-pruned", TREE),
     "depth pruning": ("the same, depth-pruned", TREE),
     "no fusion, all steps noisy": ("all steps noisy, tree, no fusion", "all steps noisy, tree"),
@@ -112,6 +124,8 @@ def gradients(
     loss_weight: str,
     noisy: str,
     pruning: dict | None = None,
+    objective: str = "surrogate",
+    star: bool = False,
 ):
     """Yield the gradient (parameters,) of each trial of each prompt, prompt by prompt within a trial, and its units.
 
@@ -123,15 +137,19 @@ def gradients(
         tree: the run's tree, or as many independent rollouts as it has leaves.
         credit: one of the functions above.
         loss_weight: "edge" or "path", see branchgrpo.flatten_edges.
-        noisy: "all" steps, or the "splits" only.
+        noisy: "all" steps, the "splits" only, or "none".
         pruning: width as in `prune`; depth as a fraction of the T steps. A depth window takes its places in turn.
+        objective: a name in objectives.OBJECTIVES.
+        star: the tree is one split at step 0 into all leaves.
     """
     options, pruning = run.args, pruning or {}
     width, depth = pruning.get("width"), round(pruning.get("depth", 0) * options.steps)
 
     # The forest, and the steps' kind as in training.
     shape = {"splits": options.splits} if tree else {"splits": (), "roots": options.leaves}
-    forest = make_forest(options.steps, options.branch, **shape, chosen=options.splits if noisy == "splits" else None)
+    shape, k = ({"splits": (0,)}, options.leaves) if star else (shape, options.branch)
+    steps = {"all": None, "none": (), "splits": (0,) if star else options.splits}[noisy]
+    forest = make_forest(options.steps, k, **shape, chosen=steps)
     noise = options.branch_noise if tree else float("inf")
     sampler = Sampler(sigma_schedule(options.steps, options.shift), options.sde, options.eta, noise)
     first, last = depth_window_range(forest, depth) if depth else (0, 0)
@@ -140,6 +158,9 @@ def gradients(
     # be read; nothing is clipped, neither ratios (which are 1 here) nor the gradient.
     idle = SimpleNamespace(zero_grad=lambda set_to_none: run.policy.transformer.zero_grad(), step=lambda: None)
     update_options = SimpleNamespace(clip=1e9, kl=0.0, micro_batch=options.micro_batch, max_grad_norm=0.0)
+    make_rows, loss = OBJECTIVES[objective]
+    row_options = SimpleNamespace(loss_weight=loss_weight, noise_draws=2, shift=options.shift, adv_clip=5.0)
+    row_options.objective = objective
 
     for trial, (number, prompt) in itertools.product(trials, enumerate(prompts)):
         # Roll out and score one forest.
@@ -151,12 +172,12 @@ def gradients(
         # What is trained, and what the estimate costs: a forward per node, and three units per trained parent.
         window = (first + trial % (last - first + 1), depth) if depth else None
         keep = prune(forest, rewards, width, window)
-        units = count(forest, keep)["forwards"] + 3 * count(forest, keep)["trained_parents"]
+        units = count(forest)["forwards"] + 3 * rows_per_prompt(row_options, forest, keep)
 
         # The gradient, in double precision, since sums of many will be subtracted from each other.
         credits = credit(out, forest, rewards.to(run.accelerator.device))
-        edges = flatten_edges(out, forest, keep, credits, torch.arange(1), loss_weight)
-        update(run.policy, idle, run.accelerator, edges, cond, sampler, update_options)
+        rows = make_rows(out, forest, keep, credits, rewards, torch.arange(1), rng, row_options)
+        update(run.policy, idle, run.accelerator, rows, cond, sampler, update_options, loss)
         bar.update()
         yield torch.cat([p.grad.flatten() for p in run.policy.trainable()]).double().cpu(), units
 
@@ -313,7 +334,7 @@ def main() -> None:
         # The arms, each against the reference with the same noisy steps, and against the first arm.
         print(f"{'units; of one prompt, of all: noise, units over the first arm, cosine':<70}")
         for name, arm in ARMS.items():
-            reference = references[arm[3]]
+            reference = references["all" if arm[3] == "all" else "splits"]
             m = kept(name, range(n), *arm, reduce=lambda m, reference=reference: products(m, reference))
             arms[name] = m, reference
             result = compared(m, reference, *arms[next(iter(ARMS))])

@@ -274,7 +274,7 @@ def run(module, out, flags) -> list[dict]:
     [
         (train_image, "--objective endpoint --splits 0 --branch 4 --flash 3", 2 * (1 + 3 * 4 + 1)),
         (train_image, "--objective endpoint --method tempflow --dtype bf16 --ema 0.9", None),
-        (train_image, "--splits auto --leaves 4 --size-prune 0.5", None),
+        (train_image, "--splits auto --size-prune 0.5 --silent-prompts 0.5 --reward jpeg", None),
         (train_image, "--objective elbo --method ode --flash 4 --lora 2 --kl 0.1", 2 * (16 + 8)),
         (train_image, "--objective nft --updates 2 --micro-batch 3 --noise-draws 1", None),
         (train_video, "--objective nft --method ode --frames 5", None),

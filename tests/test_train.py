@@ -28,7 +28,7 @@ import loop
 import train_image
 from branchgrpo import Rollout, prune
 from models import FluxPolicy
-from prompts import own_prompts, prompts_at
+from prompts import count_silent, drawn_prompts, own_prompts, prompts_at
 from tree import make_forest
 
 HERE = Path(__file__).parent.parent
@@ -461,16 +461,32 @@ def test_the_prompt_stream_is_a_permutation_each_epoch():
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_an_update_has_the_same_prompts_on_any_number_of_processes(updates):
-    args, prompts = SimpleNamespace(prompts_per_iteration=8, seed=0), [str(i) for i in range(20)]
+    args, prompts = SimpleNamespace(prompts_per_iteration=8, seed=0, silent_prompts=1), [str(i) for i in range(20)]
     by_processes = []  # for each number of processes, the prompts of each update
     for n in (1, 2, 4):
         accelerators = [SimpleNamespace(num_processes=n, process_index=i) for i in range(n)]
-        owned = [own_prompts(args, accelerator, prompts, 3) for accelerator in accelerators]
+        owned = [own_prompts(accelerator, drawn_prompts(args, prompts, 3, {})) for accelerator in accelerators]
         m = 8 // n // updates  # prompts of one process in one update, as `iterate` divides them
         by_processes.append([sorted(p for own in owned for p in own[k * m :][:m]) for k in range(updates)])
 
     one, two, four = by_processes
     assert one == two == four and sorted(sum(one, [])) == sorted(prompts_at(prompts, 0, 24, 8))
+
+
+def test_silent_prompts_give_way():
+    """A prompt without spread in its last two visits is drawn about a fifth as often, others more; nothing else moves."""
+    args, prompts = SimpleNamespace(prompts_per_iteration=4, seed=0, silent_prompts=0.2), list("abcdefgh")
+    silent: dict[str, int] = {}
+    count_silent(silent, ["a", "b"], [False, False])
+    count_silent(silent, ["a", "b", "c"], [False, True, True])
+    assert silent == {"a": 2}
+    drawn = [drawn_prompts(args, prompts, i, silent) for i in range(1000)]
+    plain = [drawn_prompts(args, prompts, i, {}) for i in range(1000)]
+    times = [sum(draw.count(p) for draw in drawn) for p in prompts]
+    assert 0.15 < times[0] / 500 < 0.25 and all(520 < n < 600 for n in times[1:])
+    assert all(a == b for x, y in zip(drawn, plain) for a, b in zip(x, y) if b != "a")
+    everyone = dict.fromkeys(prompts, 5)
+    assert [drawn_prompts(args, prompts, i, everyone) for i in range(9)] == plain[:9]  # or there would be none to draw
 
 
 def test_the_average_of_weights_has_the_decay_it_was_given(tmp_path):

@@ -1,0 +1,277 @@
+"""What does each method make of the same time? Held-out reward after equal rollout and training time, paired seeds.
+
+Question    A tree saves time in every iteration. What does it learn with the time that it saves, and does another
+            objective learn more from the same leaves?
+Hypothesis  The endpoint objective on one split into eight reaches DanceGRPO's final reward in a tenth of its time, and
+            ends above it when both have used the same time.
+Metric      Time is the seconds of rollout, training and optimiser, measured alone on the machine before any run. The
+            budget is that of --iterations iterations of DanceGRPO. For each seed: the held-out reward (mean of the last
+            three evaluations) at the end of the budget; the same when decoding and rewards are counted too; the
+            fraction of the budget until the reward first reaches DanceGRPO's final reward, and two thirds of its gain.
+Rule        Same leaves, same prompts per iteration, one optimiser step per iteration, a rate that falls to 0 over the
+            budget. Every arm takes as many iterations as fit into the budget. Kind of step and learning rate are chosen
+            by two rungs of successive halving, on prompts that tuning does not train on and the test does not hold,
+            with a seed that the test does not have, and at the horizon's own number of iterations scaled down. The
+            median over seeds and the value of each seed are reported; a seed that never reaches the mark is "not
+            reached". Rewards are told apart where the interval of their paired difference excludes 0.
+
+    python bench/equal_time.py           # 5 hours on 2 cores; resumes where it was stopped
+
+The comparison of video, 1.5 hours:
+
+    python bench/equal_time.py --video --seeds 3 --arms "Mix, noise at the splits, flash" "endpoint, star" "nft, ODE"
+"""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import common
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from alignment import flags_of, seconds_to, tuning_prompts
+from tqdm import tqdm
+
+import loop
+
+# Name -> flags of the forest and the objective, and which grid of steps it searches. A star is one split into all
+# leaves; its tail takes three second-order steps.
+STAR = "--method branchgrpo-mix --mix 0 --splits 0 --branch 8 --flash 3"
+TREE = "--method branchgrpo-mix --mix 0 --flash 3"
+ARMS = {
+    "DanceGRPO": ("--method dancegrpo", "all steps noisy"),
+    "Flow-GRPO": ("--method flowgrpo", "all steps noisy"),
+    "MixGRPO": ("--method mixgrpo --mix", "some steps noisy"),
+    "BranchGRPO": ("--method branchgrpo", "all steps noisy"),
+    "BranchGRPO + width": ("--method branchgrpo --width-prune", "all steps noisy"),
+    "BranchGRPO + depth": ("--method branchgrpo --depth-prune", "all steps noisy"),
+    "BranchGRPO-Mix": ("--method branchgrpo-mix --mix", "some steps noisy"),
+    "Mix, noise at the splits, flash": (TREE, "some steps noisy"),
+    "endpoint, star": (f"{STAR} --objective endpoint", "splits noisy"),
+    "endpoint, tree": (f"{TREE} --objective endpoint", "splits noisy"),
+    "endpoint, star at a random step": ("--method tempflow --flash 3 --objective endpoint", "splits noisy"),
+    "elbo, ODE": ("--method ode --flash 4 --objective elbo", "no noise"),
+    "nft, ODE": ("--method ode --flash 4 --objective nft", "no noise"),
+    "elbo, tree": (f"{TREE} --objective elbo", "leaves of a tree"),
+    "nft, tree": (f"{TREE} --objective nft", "leaves of a tree"),
+}
+GRIDS = {  # kinds of step with their eta; each with every learning rate
+    "all steps noisy": ("dance:0.8", "cps:0.7"),
+    "some steps noisy": ("dance:1.6", "cps:0.7"),
+    "splits noisy": ("dance:1.6", "cps:0.7"),
+    "no noise": ("cps:0.7",),  # never drawn: a flag must have a value
+    "leaves of a tree": ("cps:0.7",),
+}
+LRS = (3e-5, 1e-4, 3e-4)
+
+# The figure shows these, where they were measured: arm -> index into common.COLOURS, line style, marker.
+PANEL = {
+    "DanceGRPO": (6, "-", "o"),
+    "BranchGRPO": (0, "-.", "^"),
+    "Mix, noise at the splits, flash": (1, (0, (6, 1, 1, 1, 1, 1)), "D"),
+    "endpoint, star": (2, "--", "s"),
+    "nft, ODE": (3, ":", "v"),
+}
+
+
+def cells_of(arm: str, args) -> list[tuple]:
+    """The grid of an arm: (kind of step, eta, learning rate)."""
+    kinds = [kind.split(":") for kind in GRIDS[ARMS[arm][1]]]
+    return [(kind, float(eta), lr) for kind, eta in kinds for lr in args.lrs]
+
+
+# ----------------------------------------------------------------------------------------------------------------- time
+def seconds_alone(arms: list[str], args) -> dict[str, dict[str, float]]:
+    """Seconds per iteration of each arm, with nothing else running: medians over rounds in which the arms take turns.
+
+    Returns:
+        arm -> "policy": rollout, training and optimiser; "all": decoding and rewards too.
+    """
+    run = common.prepare(args, "", lr=1e-12)  # the weights stay where they are
+    seconds = {arm: {"policy": [], "all": []} for arm in arms}
+    for round_ in range(1 if args.smoke else 4):
+        for arm in arms:
+            # A window that slides has its places at equal distances over the run, so each round takes others.
+            own = common.variant(run, args, f"{ARMS[arm][0]}{flags_of(cells_of(arm, args)[0])} --iterations 48")
+            rows = [loop.iterate(own, i)[0] for i in range(round_ * 12, round_ * 12 + (1 if args.smoke else 3))]
+            if round_ or args.smoke:  # the first round warms up
+                seconds[arm]["policy"] += [common.policy_seconds(row) for row in rows]
+                seconds[arm]["all"] += [common.all_seconds(row) for row in rows]
+    return {arm: {kind: float(np.median(values)) for kind, values in row.items()} for arm, row in seconds.items()}
+
+
+def horizons(seconds: dict[str, dict[str, float]], iterations: int) -> dict[str, int]:
+    """Iterations that fit into the budget, the rollout and training time of DanceGRPO's `iterations`."""
+    budget = iterations * seconds["DanceGRPO"]["policy"]
+    return {arm: max(1, int(budget / row["policy"])) for arm, row in seconds.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+def tune(arm: str, n: int, args, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
+    """The best cell of an arm's grid: all cells for a fifth of its n iterations, the best three for two fifths.
+
+    Returns:
+        "setting", and "grid": per rung its iterations and its cells with their rewards, None for one that diverged.
+    """
+    files = f"--prompts {args.out / 'tune_train.txt'} --eval-prompts {args.out / 'tune_heldout.txt'}"
+    cells, record = cells_of(arm, args), []
+    for length, stay in ((max(1, n // 5), 3), (max(1, 2 * n // 5), 1)):
+        if len(cells) <= stay:
+            continue
+
+        def score(setting, length=length):
+            flags = f"{ARMS[arm][0]}{flags_of(setting)} --seed 1000 {files} --iterations {length}"
+            flags += f" --eval-every {max(1, length // 6)} --eval-size {8 if args.smoke else 96}"
+            name = common.file_name(f"tune/{arm}/{length}-{'-'.join(map(str, setting))}")
+            try:
+                return common.final_reward(common.train(args, args.out / name, flags.split()))
+            except common.Failed as error:  # a setting that diverges ranks last
+                tqdm.write(f"{arm} {setting}: {error}", file=sys.stderr)
+                return None
+            finally:
+                bar.update()
+
+        scores = list(pool.map(score, cells))
+        record.append({"iterations": length, "cells": [[*c, s] for c, s in zip(cells, scores)]})
+        best = sorted(zip(scores, cells), key=lambda pair: -np.inf if pair[0] is None else pair[0], reverse=True)
+        cells = [cell for _, cell in best[:stay]]
+    return {"setting": cells[0], "grid": record}
+
+
+# ----------------------------------------------------------------------------------------------------------- comparison
+def curve(rows: list[dict], seconds: dict[str, float]) -> dict[str, list[float]]:
+    """Held-out scores of one run at each evaluation, beside iteration, units, and both kinds of seconds."""
+    scores = [k.removeprefix("heldout_") for k in rows[0] if k.startswith("heldout_")]
+    out = {k: [] for k in ("iteration", "units", "seconds", "all_seconds", *scores)}
+    units = 0
+    for row in rows:
+        units += row.get("units", 0)
+        if "heldout_reward" in row:
+            n = row["iteration"]
+            values = [n, units, n * seconds["policy"], n * seconds["all"], *(row[f"heldout_{k}"] for k in scores)]
+            for key, value in zip(out, values):
+                out[key].append(value)
+    return out
+
+
+def reward_at(c: dict, axis: str, limit: float) -> float:
+    """The reward, a mean of three evaluations, where an axis reaches `limit`; linear between evaluations."""
+    return float(np.interp(limit, c[axis], common.trailing(c["reward"])))
+
+
+def compare(curves: dict[str, list[dict]]) -> dict:
+    """Each arm against DanceGRPO, seed by seed.
+
+    Args:
+        curves: arm -> one `curve` per seed, the same seeds in the same order for every arm.
+
+    Returns:
+        arm -> per seed "final" (reward at the end of the budget), "wall" (reward when as much time has passed as
+        DanceGRPO's run took with decoding and rewards), "equal_updates" (reward after as many iterations as DanceGRPO
+        makes), "to_final" and "to_two_thirds" (fractions of the budget, None where the mark is never reached), and of
+        the first three the difference from DanceGRPO's with its 95 % interval; also the final value of every score.
+    """
+    table = {}
+    for arm, own_curves in curves.items():
+        keys = ("final", "wall", "equal_updates", "to_final", "to_two_thirds")
+        row = {k: [] for k in keys}
+        for dance, own in zip(curves["DanceGRPO"], own_curves):
+            budget, last = dance["seconds"][-1], common.trailing(dance["reward"])[-1]
+            row["final"].append(reward_at(own, "seconds", budget))
+            row["wall"].append(reward_at(own, "all_seconds", dance["all_seconds"][-1]))
+            row["equal_updates"].append(reward_at(own, "iteration", dance["iteration"][-1]))
+            for key, mark in (("to_final", last), ("to_two_thirds", dance["reward"][0] / 3 + last * 2 / 3)):
+                reached = seconds_to(own, mark)
+                row[key].append(None if reached is None else reached / budget)
+        scores = [k for k in own_curves[0] if k not in ("iteration", "units", "seconds", "all_seconds", "reward")]
+        row["scores"] = {k: [common.trailing(c[k])[-1] for c in own_curves] for k in scores}
+        table[arm] = row
+
+    for row in table.values():
+        for key in ("final", "wall", "equal_updates"):
+            row[f"{key}_minus_dance"] = common.interval(np.subtract(row[key], table["DanceGRPO"][key]))
+        for key in ("to_final", "to_two_thirds"):
+            median = float(np.median([np.inf if x is None else x for x in row[key]]))
+            row[f"median_{key}"] = median if np.isfinite(median) else None
+    return table
+
+
+def draw(document: dict):
+    """Held-out reward against rollout and training time, mean over seeds; the band is its standard error."""
+    figure = plt.figure(figsize=(8, 5))
+    ax = figure.subplots()
+    for arm, (colour, style, marker) in PANEL.items():
+        if arm not in document["curves"]:
+            continue
+        curves = document["curves"][arm]
+        rewards = np.array([common.trailing(c["reward"]) for c in curves])  # (seeds, evaluations)
+        error = rewards.std(0, ddof=1) / len(rewards) ** 0.5 if len(rewards) > 1 else np.zeros(rewards.shape[1])
+        mean, seconds = rewards.mean(0), curves[0]["seconds"]
+        ax.fill_between(seconds, mean - error, mean + error, color=common.COLOURS[colour], alpha=0.15, lw=0)
+        ax.plot(seconds, mean, ls=style, marker=marker, ms=4, lw=2, color=common.COLOURS[colour], label=arm)
+    ax.set_xlabel("rollout and training time, in seconds")
+    ax.set_ylabel("held-out reward, mean of three evaluations\n(mean over seeds, band: standard error)")
+    ax.set_xlim(0, None)
+    ax.legend(loc="lower right", handlelength=4)
+    return figure
+
+
+def show(table: dict, document: dict) -> None:
+    """Print per arm its setting and its figures."""
+    for arm, row in table.items():
+        setting = " ".join(map(str, document["tuned"][arm]["setting"]))
+        reached = [row["median_to_final"], row["median_to_two_thirds"]]
+        shown = ["not reached" if x is None else f"{x:.3f}" for x in reached]
+        difference = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row["final_minus_dance"])
+        print(f"{arm:<34}{setting:>20}{np.mean(row['final']):8.3f}{difference:>28}", *(f"{x:>12}" for x in shown))
+
+
+def main() -> None:
+    """Time every arm alone, tune it for the budget, run every seed; print the table, write the JSON and the figure."""
+    parser = common.parser(__doc__)
+    parser.set_defaults(flags="--leaves 8 --prompts-per-iteration 8 --lr-end 0")
+    parser.add_argument("--seeds", type=int, default=5, help="paired seeds")
+    parser.add_argument("--iterations", type=int, default=48, help="of DanceGRPO, whose time is the budget")
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), help="arms beside DanceGRPO; default: all")
+    parser.add_argument("--lrs", nargs="*", type=float, default=LRS, help="of the grid")
+    args = parser.parse_args()
+    if args.smoke:
+        args.seeds, args.iterations, args.lrs, args.arms = 1, 2, [1e-4], ["endpoint, star"]
+        args.flags = "--leaves 8 --prompts-per-iteration 1 --lr-end 0 --eval-size 8"
+
+    args.out = common.ROOT / ("runs/smoke" if args.smoke else "runs") / f"equal_time{'_video' if args.video else ''}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    tuning_prompts(args)
+    torch.set_num_threads(args.threads)
+
+    # DanceGRPO is always there, and first: its time is the budget.
+    arms = list(dict.fromkeys(["DanceGRPO", *(args.arms or ARMS)]))
+    seconds = common.kept(args, "equal_time", f"seconds of {', '.join(arms)}", lambda: seconds_alone(arms, args))
+    n = horizons(seconds, args.iterations)
+    for arm in arms:
+        print(f"{arm:<34}{seconds[arm]['policy']:8.3f} s per iteration, {n[arm]} iterations", flush=True)
+
+    total = sum(args.seeds + len(cells_of(arm, args)) + 3 * (len(cells_of(arm, args)) > 3) for arm in arms)
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=total, desc="runs", file=sys.stderr) as bar:
+        tuned = {arm: tune(arm, n[arm], args, pool, bar) for arm in arms}
+
+        def final(task) -> list[dict]:
+            # One run of the comparison, evaluated sixteen times.
+            seed, arm = task
+            flags = f"{ARMS[arm][0]}{flags_of(tuned[arm]['setting'])} --seed {seed} --iterations {n[arm]}"
+            flags += f" --eval-every {max(1, n[arm] // 16)}"
+            rows = common.train(args, args.out / common.file_name(f"{arm}-{seed}"), flags.split())
+            bar.update()
+            return rows
+
+        tasks = [(seed, arm) for seed in range(1, args.seeds + 1) for arm in arms]
+        runs = list(pool.map(final, tasks))
+
+    curves = {arm: [curve(rows, seconds[arm]) for (_, a), rows in zip(tasks, runs) if a == arm] for arm in arms}
+    document = {"tuned": tuned, "seconds": seconds, "iterations": n, "table": compare(curves), "curves": curves}
+    show(document["table"], document)
+    common.finish("equal_time", args, document, draw)
+
+
+if __name__ == "__main__":
+    main()
