@@ -357,9 +357,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4, help="independent pairs of sets to test one leaf per tree")
     args = parser.parse_args()
 
-    n, permutations = (32, 20) if args.smoke else (args.n, args.permutations)
+    n, permutations = (8, 20) if args.smoke else (args.n, args.permutations)
     repeats = range(2 if args.smoke else args.repeats)
-    run = common.prepare(args, "")
+    run = common.prepare(args, "--leaves 4" if args.smoke else "")
     leaves = run.args.leaves
 
     # The spaces in which distances are measured.

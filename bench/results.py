@@ -614,6 +614,99 @@ def evaluate(d: dict) -> Section:
     return Section(finding, table(["reward", "before", "after", "gain", "relative gain"], rows), notes)
 
 
+def early(d: dict) -> Section:
+    """How well a clean estimate's reward foretells the final one."""
+    head = ["path still to come at the node", *d["arms"]]
+    depths = zip(*d["arms"].values())
+    rows = [[f"{100 * row[0]['still_to_come']:.0f} %", *(interval(r["correlation"]) for r in row)] for row in depths]
+
+    # The earliest depth at which stopping would be worth trying, of each arm.
+    worth = {
+        arm: [r["still_to_come"] for r in rows_ if r["correlation"] and r["correlation"][0] > 0.7]
+        for arm, rows_ in d["arms"].items()
+    }
+    parts = [f"{100 * max(left):.0f} % of the path ({arm})" if left else f"none ({arm})" for arm, left in worth.items()]
+    finding = (
+        "The reward of the clean estimate ranks the paths of a prompt as their final rewards do, with a correlation"
+        f" above 0.7, from where at most this is still to come: {'; '.join(parts)}."
+    )
+    notes = [
+        f"Spearman's rank correlation over the paths of one prompt, mean over {len(d['prompts'])} prompts with its 95 %"
+        " interval, untrained policy. Stopping a branch early can save no more than what is still to come.",
+        "On a star the paths are one until the split, so at the first node there is nothing to rank.",
+        "The paper names dynamic branching and pruning as future work and has no such figures.",
+    ]
+    return Section(finding, table(head, rows), notes)
+
+
+def speedrun(d: dict) -> Section:
+    """Records of units and seconds until a fraction of the words is exact."""
+    rows = []
+    for name, recipe in d["recipes"].items():
+        n = f"{sum(bool(s['reached']) for s in recipe['seeds'])} of {len(recipe['seeds'])}"
+        units = interval([x / 1000 for x in recipe["units"]], ".0f") if recipe["units"] else None
+        seconds = interval(recipe["seconds"], ".0f") if recipe["seconds"] else None
+        rows.append([f"{recipe['date']}: {name}", units, seconds, n, f"`{recipe['flags']}`"])
+    head = ["record", "thousand policy units", "seconds", "seeds that reach it", "flags of `python train_image.py`"]
+
+    first, *others = [r for r in d["recipes"].values() if r["units"]]
+    ratios = [f"{first['units'][0] / r['units'][0]:.1f}" for r in others]
+    finding = (
+        f"Until {100 * d['mark']:.0f} % of the held-out words are read exactly, the demo takes"
+        f" {first['units'][0] / 1000:.0f} thousand policy units"
+        + (f", and the last record {ratios[-1]} times fewer." if ratios else ".")
+    )
+    colour = [
+        f"{name}: {np.mean([s['colour'][1] - s['colour'][0] for s in r['seeds']]):+.3f}"
+        for name, r in d["recipes"].items()
+    ]
+    notes = [
+        "A policy unit is one forward; a backward counts as two; evaluations are not counted. Mean over seeds with its"
+        " 95 % interval, at the first evaluation whose mean of three reaches the mark.",
+        f"The colour reward over the whole run, from its start: {'; '.join(colour)}.",
+        "A new record needs an interval that excludes the old one.",
+    ]
+    return Section(finding, table(head, rows), notes)
+
+
+def equal_time(d: dict) -> Section:
+    """Reward after equal rollout and training time."""
+    rows = []
+    for arm, r in d["table"].items():
+        reached = []
+        for key in ("to_final", "to_two_thirds"):
+            n = sum(x is not None for x in r[key])
+            median = "not reached" if r[f"median_{key}"] is None else f"{r[f'median_{key}']:.3f}"
+            reached.append(f"{median} ({n} of {len(r[key])} seeds)")
+        rows.append([shown(arm), f"{np.mean(r['final']):.3f}", difference(r["final_minus_dance"]), *reached])
+    head = ["arm", "reward at equal time", "minus DanceGRPO's", "time to DanceGRPO's final reward"]
+    head += ["time to two thirds of its gain"]
+    best = max(d["table"], key=lambda arm: np.mean(d["table"][arm]["final"]))
+    r = d["table"][best]
+    finding = (
+        f"After the rollout and training time of {d['arguments']['iterations']} iterations of DanceGRPO, {shown(best)}"
+        f" ends highest, {interval(r['final_minus_dance'], '+.3f')} from DanceGRPO's reward."
+    )
+    notes = [
+        "Each arm makes as many iterations as fit into that time; kind of step and learning rate are chosen for that"
+        " horizon. Times are fractions of DanceGRPO's; a seed that never reaches the mark counts as never.",
+        "Counted with decoding and rewards, and after equal numbers of iterations: see the appendix.",
+    ]
+    return Section(finding, table(head, rows), notes)
+
+
+def more_equal_time(d: dict) -> tuple[str, list[str]]:
+    """Settings, wall-clock and equal updates."""
+    rows = []
+    for arm, r in d["table"].items():
+        setting = " ".join(map(str, d["tuned"][arm]["setting"]))
+        cells = [interval(r["wall_minus_dance"], "+.3f"), interval(r["equal_updates_minus_dance"], "+.3f")]
+        rows.append([shown(arm), setting, d["iterations"][arm], f"{d['seconds'][arm]['policy']:.3f}", *cells])
+    head = ["arm", "step, eta, learning rate", "iterations", "seconds per iteration"]
+    head += ["minus DanceGRPO's, decoding and rewards counted", "the same after equal iterations"]
+    return table(head, rows), ["All are differences of the held-out reward, paired by seed, with 95 % intervals."]
+
+
 ALIGNMENT_VIDEO = (
     "python bench/alignment.py --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4"
     " 4e-4 --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'"

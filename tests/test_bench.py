@@ -1,11 +1,12 @@
 """The benchmarks: each runs in seconds with --smoke and leaves what it promises; RESULTS.md is what the JSON says."""
 
+import importlib
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,24 +19,25 @@ sys.path.insert(0, str(HERE / "bench"))
 import alignment  # noqa: E402
 import common  # noqa: E402
 import diversity  # noqa: E402
+import equal_time  # noqa: E402
 import gradient  # noqa: E402
 import results  # noqa: E402
+import speedrun  # noqa: E402
 import timing  # noqa: E402
 
 import train_image  # noqa: E402
 import train_video  # noqa: E402
 
-QUICK = ("nfe", "timing", "evaluate", "diversity", "gradient")
-LONG = ("overhead", "alignment", "ablation", "scaling")  # they train, up to a minute each
+QUICK = ("nfe", "timing", "evaluate", "diversity", "gradient", "early")
+LONG = ("overhead", "alignment", "ablation", "scaling", "equal_time", "speedrun")  # they train, up to minutes each
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LONG)])
-def test_smoke(name):
-    done = subprocess.run(
-        [sys.executable, HERE / f"bench/{name}.py", "--smoke"], capture_output=True, text=True, cwd=HERE
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    document = json.loads(done.stdout.splitlines()[-1])
+def test_smoke(name, monkeypatch, capsys):
+    """The command `python bench/NAME.py --smoke`, in this process, where the libraries are loaded already."""
+    monkeypatch.setattr(sys, "argv", [str(HERE / f"bench/{name}.py"), "--smoke"])
+    importlib.import_module(name).main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"arguments", "versions", "commit", "machine"} <= set(document)
     for kind in ("json", "png", "svg"):
         assert (HERE / f"runs/smoke/{name}.{kind}").stat().st_size > 500
@@ -326,6 +328,48 @@ def test_halving_ends_with_one():
             plan[0][0] == cells and [n for n, *_ in plan[1:]] == [keep for *_, keep in plan[:-1]] and plan[-1][2] == 1
         )
         assert [length for _, length, _ in plan] == [12, 24, 60]
+
+
+def test_equal_time_by_hand():
+    """An arm at half of DanceGRPO's seconds makes twice its iterations in the budget; marks and rewards by hand."""
+    seconds = {"DanceGRPO": {"policy": 2.0, "all": 3.0}, "cheap": {"policy": 1.0, "all": 2.0}}
+    assert equal_time.horizons(seconds, 10) == {"DanceGRPO": 10, "cheap": 20}
+
+    def rows(rewards, every):
+        first, *later = [{"iteration": i * every, "heldout_reward": r} for i, r in enumerate(rewards)]
+        return [first, *(row | {"units": 5} for row in later)]
+
+    # Means of three: DanceGRPO 0, 1.5, 2, 3 at 0, 20/3, 40/3, 20 s; the cheap arm 0, 3, 4, 6 at the same times.
+    dance = equal_time.curve(rows([0.0, 3.0, 3.0, 3.0], 10 / 3), seconds["DanceGRPO"])
+    cheap = equal_time.curve(rows([0.0, 6.0, 6.0, 6.0], 20 / 3), seconds["cheap"])
+    assert dance["units"] == [0, 5, 10, 15] and dance["seconds"][-1] == pytest.approx(20)
+    assert dance["all_seconds"][-1] == pytest.approx(30) and cheap["all_seconds"][-1] == pytest.approx(40)
+    row = equal_time.compare({"DanceGRPO": [dance] * 2, "cheap": [cheap] * 2})["cheap"]
+    assert row["final"] == pytest.approx([6, 6]) and row["final_minus_dance"][0] == pytest.approx(3)
+    assert row["to_final"] == pytest.approx([1 / 3] * 2) and row["to_two_thirds"] == pytest.approx([2 / 9] * 2)
+    assert row["median_to_final"] == pytest.approx(1 / 3)
+
+    # After 30 s in all the cheap arm has made 15 iterations, 15 s of its own: a quarter of the way from 4 to 6.
+    assert row["wall"] == pytest.approx([4.5] * 2) and row["equal_updates"] == pytest.approx([3.5] * 2)
+
+
+def test_every_arm_of_equal_time_is_accepted():
+    """Each arm with each cell of its grid resolves; the forests have eight leaves."""
+    args = SimpleNamespace(video=False, flags="--leaves 8 --prompts-per-iteration 8 --lr-end 0", lrs=equal_time.LRS)
+    for arm, (flags, _) in equal_time.ARMS.items():
+        for cell in equal_time.cells_of(arm, args):
+            options = common.job(args, f"{flags}{alignment.flags_of(cell)} --iterations 48")[0]
+            assert options.leaves == 8, arm
+
+
+def test_the_speedruns_mark_by_hand():
+    """Means of three 0, 0.3, 0.4, 0.7: a mark of 0.5 lies a third of the way from the third to the fourth."""
+    exact = [0.0, 0.6, 0.6, 0.9]
+    rows = [{"iteration": 10 * i, "heldout_exact": e, "units": 30 * (i > 0)} for i, e in enumerate(exact)]
+    for row in rows[1:]:
+        row |= {"seconds_rollout": 2.0, "seconds_train": 1.0}
+    assert speedrun.reached(rows, 0.5) == pytest.approx({"iterations": 70 / 3, "units": 70, "seconds": 7})
+    assert speedrun.reached(rows, 0.8) is None
 
 
 def test_leave_one_out_is_the_others_mean():

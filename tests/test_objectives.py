@@ -273,7 +273,10 @@ def run(module, out, flags) -> list[dict]:
     "module, flags, nfe",
     [
         (train_image, "--objective endpoint --splits 0 --branch 4 --flash 3", 2 * (1 + 3 * 4 + 1)),
-        (train_image, "--objective endpoint --method tempflow --dtype bf16 --ema 0.9", None),
+        pytest.param(
+            *(train_image, "--objective endpoint --method tempflow --dtype bf16 --ema 0.9", None),
+            marks=pytest.mark.slow,
+        ),
         (train_image, "--splits auto --size-prune 0.5 --silent-prompts 0.5 --reward jpeg", None),
         (train_image, "--objective elbo --method ode --flash 4 --lora 2 --kl 0.1", 2 * (16 + 8)),
         (train_image, "--objective nft --updates 2 --micro-batch 3 --noise-draws 1", None),

@@ -174,7 +174,7 @@ def test_a_lora_that_does_not_fit_is_named(folder, lora_file, wan, tmp_path):
     for rank, file, words in (
         (8, source, "has rank 4, and --lora is 8"),
         (4, damaged, "cannot be loaded"),
-        (4, tmp_path / "missing", "cannot be loaded"),
+        (4, tmp_path / "missing", "there is no such file"),
     ):
         with pytest.raises(ValueError, match=words):
             load(folder, lora=rank, lora_from=str(file))

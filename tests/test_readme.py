@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import flags
+import objectives
 import rewards
 import schedules
 import sde
@@ -70,7 +71,7 @@ def test_readme_has_the_benchmarks_figures():
 
 
 def test_snippets_are_short():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     for snippet in SNIPPETS:
         assert len([line for line in snippet.splitlines() if line.strip() and "import" not in line]) <= 10
 
@@ -78,13 +79,21 @@ def test_snippets_are_short():
 @pytest.mark.parametrize(
     "snippet, argv",
     list(
-        zip(SNIPPETS, ["--advantage unscaled", "--reward ocr:1,light:0.1", "--method late", "--sde constant --eta 0.2"])
+        zip(
+            SNIPPETS,
+            [
+                *("--advantage unscaled", "--reward ocr:1,light:0.1", "--method late", "--sde constant --eta 0.2"),
+                "--objective gentle",
+            ],
+        )
     ),
-    ids=["credit", "reward", "schedule", "step"],
+    ids=["credit", "reward", "schedule", "step", "objective"],
 )
 def test_snippets_train(snippet, argv, tmp_path, capsys):
     """Each snippet, with the flags that its page names, runs an iteration."""
-    saved = [(t, dict(t)) for t in (tree.ADVANTAGES, rewards.REWARDS, schedules.METHODS, sde.STEPS)]
+    saved = [
+        (t, dict(t)) for t in (tree.ADVANTAGES, rewards.REWARDS, schedules.METHODS, sde.STEPS, objectives.OBJECTIVES)
+    ]
     try:
         exec(snippet, {})
         small = "--iterations 1 --leaves 4 --prompts-per-iteration 1 --eval-size 2"

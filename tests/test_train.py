@@ -474,7 +474,7 @@ def test_an_update_has_the_same_prompts_on_any_number_of_processes(updates):
 
 
 def test_silent_prompts_give_way():
-    """A prompt without spread in its last two visits is drawn about a fifth as often, others more; nothing else moves."""
+    """A prompt without spread in its last two visits is drawn a fifth as often, others more; nothing else moves."""
     args, prompts = SimpleNamespace(prompts_per_iteration=4, seed=0, silent_prompts=0.2), list("abcdefgh")
     silent: dict[str, int] = {}
     count_silent(silent, ["a", "b"], [False, False])
