@@ -187,7 +187,7 @@ def tree(run, path: Path) -> None:
     args, policy = run.args, run.policy
 
     # A rollout of its own, with noise that no training used; the clean estimate of every node is kept for its picture.
-    schedule, prompt = schedule_of(args, max(0, args.iterations - 1)), run.heldout[0]
+    schedule, prompt = schedule_of(args, max(0, args.iterations - 1), run.history), run.heldout[0]
     forest, sampler = schedule.forest, run.sampler(schedule.sigmas)
     noise = generators(TREE_KEY, 0, range(1))
     out = rollout(policy, policy.encode([prompt]), forest, sampler, noise, args.micro_batch, keep_x0hat=True)
@@ -197,7 +197,8 @@ def tree(run, path: Path) -> None:
     scores = R.score(run.rewards, leaves, [prompt] * forest.leaves)
     pictures = [*(loop.strip(policy.decode(x[0])) for x in out.x0hat), loop.strip(leaves)]
     rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
-    keep = prune(forest, ranking, args.width_prune, schedule.depth_window, schedule.trained_steps)
+    pruning = (args.width_prune, schedule.depth_window, schedule.trained_steps, args.size_prune)
+    keep = prune(forest, ranking, *pruning, advantages)
     draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)
 
 
