@@ -423,8 +423,39 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+def edge_logp(policy, edges: Edges, cond: Cond, sampler: Sampler) -> tuple[Tensor, Tensor, Tensor]:
+    """How likely each drawn child is under the policy of now: logp (E,), and mean (N, ...) and std (N, 1, ..., 1).
+
+    One forward per parent: its velocity gives mean and std of the transition to any child.
+
+    Args:
+        cond: of the parents' prompts, row by row.
+    """
+    v = velocity(policy, edges.x, edges.step, sampler, cond)  # (N, *latent)
+    mean, std = sampler.moments(edges.step, edges.x, v)
+    logp = gaussian_logp_mean(edges.child, mean[edges.parent], std[edges.parent], sampler.density)  # (E,)
+    return logp, mean, std
+
+
+@torch.no_grad()
+def remember_logp(policy, edges: Edges, cond: Cond, sampler: Sampler, micro_batch: int) -> None:
+    """Take the old log-probs from calls of the same batches as the update's, before any weight moves.
+
+    In bf16 a call of another batch size rounds otherwise. With several optimiser steps per iteration the ratios of the
+    later ones are compared with the clip range, and would hold that rounding if the rollout's log-probs were kept. One
+    more forward per parent.
+    """
+    device, size = next(iter(cond.values())).device, micro_batch or len(edges.x)
+    parts = [
+        micro_batch_of(edges, slice(start, min(start + size, len(edges.x))), device)
+        for start in range(0, len(edges.x), size)
+    ]
+    logp = [edge_logp(policy, part, take_cond(cond, part.prompt), sampler)[0] for part in parts]
+    edges.logp_old = torch.cat([edges.logp_old[:0], *(x.to(edges.logp_old.device) for x in logp)])
+
+
 def surrogate(
-    policy, edges: Edges, cond: Cond, sampler: Sampler, clip: float, with_kl: bool = False
+    policy, edges: Edges, cond: Cond, sampler: Sampler, clip: float | None, with_kl: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The body of Eq. 5 on one batch of edges, with gradient and without any machinery.
 
@@ -437,27 +468,29 @@ def surrogate(
         edges: N parents, E edges, on the device that computes.
         cond: conditioning of all prompts; edges.prompt picks from it.
         sampler: the transitions of the rollout.
-        clip: c > 0.
+        clip: c > 0; None on-policy, where no weight has moved since the rollout and nothing may be clipped.
         with_kl: also the divergence from the untrained policy.
 
     Returns:
         loss (E,), ratio (E,), and kl (N,), which is None without `with_kl`.
     """
-    # One forward per parent: its velocity gives mean and std of the transition to any child.
     cond = take_cond(cond, edges.prompt)
-    v = velocity(policy, edges.x, edges.step, sampler, cond)  # (N, *latent)
-    mean, std = sampler.moments(edges.step, edges.x, v)  # (N, *latent), (N, 1, ..., 1)
-
-    # How likely is the child that was drawn, under the policy of now, against the policy that drew it?
-    logp = gaussian_logp_mean(edges.child, mean[edges.parent], std[edges.parent], sampler.density)  # (E,)
+    logp, mean, std = edge_logp(policy, edges, cond, sampler)
     ratio = (logp - edges.logp_old).exp()
-    loss = clipped_loss(ratio, edges.advantage, clip)
+
+    # On-policy both are the same policy, and the ratio is 1 but for rounding: in bf16 a call of another batch size
+    # rounds otherwise, by up to 7e-4, which a clip range of 1e-4 would take for a policy that has moved. So the old
+    # log-prob is the new one without gradient, and the rollout's is only compared with it.
+    if clip is None:
+        loss = -(logp - logp.detach()).exp() * edges.advantage
+    else:
+        loss = clipped_loss(ratio, edges.advantage, clip)
     if not with_kl:
         return loss, ratio, None
 
     # KL of two Gaussians of equal std, per dimension: mean_D (m - m_ref)^2 / (2 std^2).
     with torch.no_grad():
-        v_ref = policy.velocity(edges.x, sampler.sigmas.to(v)[edges.step], cond, reference=True)
+        v_ref = policy.velocity(edges.x, sampler.sigmas.to(mean)[edges.step], cond, reference=True)
         mean_ref, _ = sampler.moments(edges.step, edges.x, v_ref)
     kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)  # (N,)
     return loss, ratio, kl
@@ -465,7 +498,15 @@ def surrogate(
 
 # ----------------------------------------------------------------------------------------------------------- the update
 def update(
-    policy, optimizer, accelerator, batch: Rows, cond: Cond, sampler: Sampler, args, objective=surrogate
+    policy,
+    optimizer,
+    accelerator,
+    batch: Rows,
+    cond: Cond,
+    sampler: Sampler,
+    args,
+    objective=surrogate,
+    on_policy: bool = False,
 ) -> dict[str, float]:
     """One optimiser step on the kept edges, or other rows, of this process and of all others (Eq. 5).
 
@@ -476,6 +517,7 @@ def update(
         batch: what `objective` trains on; Edges by default.
         args: options clip, kl, micro_batch, max_grad_norm.
         objective: `surrogate`, or a function of objectives.py with its arguments and results.
+        on_policy: no weight has moved since the rollout: nothing is clipped.
 
     Returns:
         loss, grad_norm, where there are ratios ratio_dev = max |rho - 1| and clip_frac, and kl where it is computed; {}
@@ -497,7 +539,7 @@ def update(
     sums = torch.zeros(3, device=device)  # loss, fraction of edges with |rho - 1| > c (whatever A), kl
     ratio_dev = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
-    size = args.micro_batch or n_rows
+    size, clip = args.micro_batch or n_rows, None if on_policy else args.clip
     for start in range(0, n_rows, size):
         rows = slice(start, min(start + size, n_rows))
         part = micro_batch_of(batch, rows, device)
@@ -505,7 +547,7 @@ def update(
         # Gradients of micro-batches add up. DDP averages them over processes, which it need do in the last one only.
         last = rows.stop == n_rows
         with nullcontext() if last else accelerator.no_sync(policy.transformer):
-            loss, ratio, kl = objective(policy, part, cond, sampler, args.clip, with_kl=args.kl > 0)
+            loss, ratio, kl = objective(policy, part, cond, sampler, clip, with_kl=args.kl > 0)
             loss = (part.weight * loss).sum() / total_weight
             kl = torch.zeros((), device=device) if kl is None else kl.sum() / total_rows
 
@@ -515,7 +557,7 @@ def update(
         with torch.no_grad():
             away = torch.zeros(1, device=device) if ratio is None else (ratio - 1).abs()
             ratio_dev = torch.maximum(ratio_dev, away.max())
-            clipped = (away > args.clip).float().sum() / n_terms
+            clipped = (away > (math.inf if on_policy else args.clip)).float().sum() / n_terms
             sums += torch.stack([loss + args.kl * kl, clipped, kl])
 
     # Every process sees the same sums and the same norm, so all stop together or none does.

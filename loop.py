@@ -27,10 +27,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards as R
-from branchgrpo import NonFinite, Rollout, Rows, credit, generators, prune, rollout, sample_ode, split_parents, update
+from branchgrpo import (
+    NonFinite,
+    Rollout,
+    Rows,
+    credit,
+    generators,
+    prune,
+    remember_logp,
+    rollout,
+    sample_ode,
+    split_parents,
+    update,
+)
 from checkpoint import Log, Run, save_checkpoint
 from disk import replacing
-from objectives import OBJECTIVES, ON_LEAVES, remember_velocity, rows_per_prompt
+from objectives import OBJECTIVES, ON_LEAVES, remember_velocity
 from parallel import together
 from prompts import count_silent, drawn_prompts, own_prompts
 from schedules import schedule_of
@@ -93,7 +105,8 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
     """`--eval-size` held-out prompt-noise pairs, always the same.
 
     Returns:
-        means (heldout_reward, heldout_exact, heldout_NAME), and the first `show` pictures (show, 3, H, W).
+        means (heldout_reward, heldout_exact, heldout_NAME), and of this process's pictures the first `show`
+        (show, 3, H, W); on the main process these are the first pairs.
         heldout_exact is the fraction of pictures whose ocr score is 1, absent without ocr.
     """
     acc, size = run.accelerator, run.args.eval_size
@@ -109,7 +122,7 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
     own_rows = [{name: float(scores[name][j]) for name in scores} for j, i in enumerate(numbers) if i < size]
     rows = gather_object(own_rows)
     means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
-    shown = acc.gather((pictures[:show] * 255).round().byte().to(acc.device))[: min(show, size)].cpu() / 255
+    shown = (pictures[: min(show, size)] * 255).round().byte() / 255  # the main process shows what it has itself
 
     result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
     if "ocr" in means:
@@ -201,14 +214,18 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     def rows_of(subset: Tensor) -> Rows:
         return make_rows(out, forest, keep, advantages, ranking, subset, rng, args, schedule.step_weight)
 
-    # With several optimiser steps, those on noised leaves compare with the policy as it is before the first of them.
+    # The first optimiser step is on-policy. Later ones compare with the policy as it is before it, which noised leaves
+    # never asked; nor does the rollout in bf16 say it, whose calls round otherwise than those of an update.
     run.at(f"iteration {iteration + 1}: update")
     batches, stats = minibatches(run, iteration, rows_of, len(prompts)), []
-    if args.objective in ON_LEAVES and args.updates > 1:
-        for batch in batches:
+    asked = batches[1:] if args.objective in ON_LEAVES or (args.objective, args.dtype) == ("surrogate", "bf16") else []
+    for batch in asked:
+        if args.objective in ON_LEAVES:
             remember_velocity(policy, batch, cond, args.micro_batch)
+        else:
+            remember_logp(policy, batch, cond, sampler, args.micro_batch)
     for batch in batches:
-        stats.append(update(policy, run.optimizer, acc, batch, cond, sampler, args, objective))
+        stats.append(update(policy, run.optimizer, acc, batch, cond, sampler, args, objective, on_policy=not stats))
         if run.ema:
             run.ema.step(policy.trainable())
     row["seconds_train"] = lap()
@@ -217,15 +234,21 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     trained = [s for s in stats if s]
     row |= {name: float(np.mean([s[name] for s in trained])) for name in (trained[0] if trained else {})}
     row |= {"ratio_dev": stats[0]["ratio_dev"]} if "ratio_dev" in stats[0] else {}
-    row |= rollout_metrics(run, out, forest, keep, leaf_rewards, scores, drawn)
+    row |= rollout_metrics(run, out, forest, leaf_rewards, scores, drawn)
     row["trained_edges"] = sum(len(batch.weight) for batch in batches) * acc.num_processes
+
+    # Evaluations of the transformer, in rollout and training. (The paper's NFE new is `kept` of tree.count.) In units
+    # the backwards count too, two forwards each.
+    trained, again = (sum(len(batch.x) for batch in some) * acc.num_processes for some in (batches, asked))
+    forwards = count(forest)["forwards"] * args.prompts_per_iteration
+    row |= {"nfe": forwards + again + trained, "units": forwards + again + 3 * trained}
     return row, {"leaf_rewards": leaf_rewards, "advantages": torch.cat(advantages, 1)}
 
 
 def rollout_metrics(
-    run: Run, out: Rollout, forest: Forest, keep, leaf_rewards: Tensor, scores, drawn: list[str]
+    run: Run, out: Rollout, forest: Forest, leaf_rewards: Tensor, scores, drawn: list[str]
 ) -> dict[str, float]:
-    """The metrics of an iteration beside those of its updates: rewards of all processes, counts, memory.
+    """The metrics of an iteration beside those of its updates: rewards of all processes, memory.
 
     Also notes which of the prompts `drawn`, those of all processes, taught nothing.
     """
@@ -236,23 +259,17 @@ def rollout_metrics(
     # Gathered rewards stand process by process, and process r owns the slots r, r + R, ...
     by_process = [prompt for rank in range(acc.num_processes) for prompt in drawn[rank :: acc.num_processes]]
     count_silent(run.silent, by_process, (spread >= EQUAL).tolist())
-    trained, again = rows_per_prompt(args, forest, keep), args.objective in ON_LEAVES and args.updates > 1
-    return (
-        {
-            "reward_mean": rewards.mean().item(),
-            "reward_std": spread.mean().item(),
-            "prompts_without_spread": int((spread < EQUAL).sum()),
-            "effective_leaves": effective_leaves(out.path_logp(forest), forest, args.fusion_beta).mean().item(),
-            "leaves": forest.leaves,
-            # Evaluations of the transformer, in rollout and training. (The paper's NFE new is `kept` of tree.count.)
-            "nfe": (count(forest)["forwards"] + trained * (1 + again)) * args.prompts_per_iteration,
-            # The same with the backwards, which take two forwards each.
-            "units": (count(forest)["forwards"] + trained * (3 + again)) * args.prompts_per_iteration,
-            "peak_gib": peak_gib(acc.device),
-        }
-        | {f"variance_step_{i}": v for i, v in split_variance(rewards.cpu(), forest).items()}
-        | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
-    )
+    listening = effective_leaves(out.path_logp(forest), forest, args.fusion_beta)  # (P, roots) of this process
+    metrics = {
+        "reward_mean": rewards.mean().item(),
+        "reward_std": spread.mean().item(),
+        "prompts_without_spread": int((spread < EQUAL).sum()),
+        "effective_leaves": acc.gather(listening.to(acc.device)).mean().item(),
+        "leaves": forest.leaves,
+        "peak_gib": peak_gib(acc.device),
+    }
+    metrics |= {f"variance_step_{i}": v for i, v in split_variance(rewards.cpu(), forest).items()}
+    return metrics | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -381,7 +398,7 @@ def strip(pictures: Tensor, n: int = 3) -> Tensor:
 
 def stopwatch(device: torch.device):
     """A function that returns the seconds since it was last called, the device's queue drained."""
-    last = time.perf_counter()
+    last = 0.0
 
     def lap() -> float:
         nonlocal last
@@ -390,6 +407,7 @@ def stopwatch(device: torch.device):
         before, last = last, time.perf_counter()
         return last - before
 
+    lap()  # what was asked of the GPU before is not ours
     return lap
 
 

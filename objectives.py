@@ -111,7 +111,7 @@ def split_points(
 
 
 def endpoint(
-    policy, points: Points, cond: Cond, sampler: Sampler, clip: float, with_kl=False
+    policy, points: Points, cond: Cond, sampler: Sampler, clip: float | None, with_kl=False
 ) -> tuple[Tensor, None, Tensor | None]:
     """Pull the clean estimate at a split towards the ends of the children that scored higher.
 
@@ -213,7 +213,7 @@ def clean_error(x: Tensor, sigma: Tensor, v: Tensor, target: Tensor) -> Tensor:
 
 
 def elbo(
-    policy, rows: Noised, cond: Cond, sampler: Sampler, clip: float, with_kl=False
+    policy, rows: Noised, cond: Cond, sampler: Sampler, clip: float | None, with_kl=False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """ELBO policy gradient (AWM, arXiv:2509.25050): raise a bound on the log-likelihood of good leaves.
 
@@ -231,12 +231,12 @@ def elbo(
     error = clean_error(rows.x, rows.sigma, v, rows.target)  # (N,)
     old = error.detach() if rows.v_old is None else clean_error(rows.x, rows.sigma, rows.v_old, rows.target)
     ratio = (old - error).exp()  # exp(E_theta - E_old)
-    loss = clipped_loss(ratio, rows.advantage, clip)
+    loss = clipped_loss(ratio, rows.advantage, 1.0 if clip is None else clip)  # on-policy the ratio is exactly 1
     return loss, ratio, velocity_kl(policy, rows.x, rows.sigma, cond, v) if with_kl else None
 
 
 def nft(
-    policy, rows: Noised, cond: Cond, sampler: Sampler, clip: float, with_kl=False
+    policy, rows: Noised, cond: Cond, sampler: Sampler, clip: float | None, with_kl=False
 ) -> tuple[Tensor, None, Tensor | None]:
     """DiffusionNFT (arXiv:2509.16117): regress on good leaves with v, on bad ones with its mirror image, beta = 1.
 

@@ -49,13 +49,15 @@ def write(run) -> None:
 def compare(run) -> None:
     """The same prompts and noises before and after, as before_after.png; videos also as .mp4 and .gif."""
     # Videos, shown as strips of nine frames, are three times as wide.
+    # On more processes the main one has fewer pictures.
     before = load_file(run.out / "before.safetensors")["pictures"]
-    prompts = [run.heldout[i % len(run.heldout)] for i in range(len(before))]
+    n = min(len(before), len(run.pictures))
+    before, after, prompts = before[:n], run.pictures[:n], [run.heldout[i % len(run.heldout)] for i in range(n)]
     columns = 6 if before.ndim == 4 else 2
-    pairs = (loop.strip(before, 9), loop.strip(run.pictures, 9), prompts)
+    pairs = (loop.strip(before, 9), loop.strip(after, 9), prompts)
     attempt(before_after, *pairs, run.out / "before_after.png", columns)
     if before.ndim == 5:
-        attempt(play, before, run.pictures, prompts, run.out / "before_after")
+        attempt(play, before, after, prompts, run.out / "before_after")
 
 
 def attempt(draw, *args) -> None:

@@ -184,7 +184,7 @@ def processes(args) -> dict[str, float]:
 
     Each process has the same number of prompts, so two of them have twice as many in all.
     """
-    flags = f"{BASE} --method branchgrpo-mix --iterations {2 if args.smoke else 8} --prompts-per-iteration"
+    flags = f"{BASE} --method branchgrpo-mix --device cpu --iterations {2 if args.smoke else 8} --prompts-per-iteration"
     rates = {}
     for n in (1, 2):
         folder = common.runs(args) / f"processes_{n}"

@@ -161,13 +161,13 @@ def settings(**changed):
     return SimpleNamespace(**(args | changed))
 
 
-def step(policy, edges, sampler, prompts=PROMPTS, accelerator=None, objective=surrogate, **changed):
+def step(policy, edges, sampler, prompts=PROMPTS, accelerator=None, objective=surrogate, on_policy=False, **changed):
     """update() under SGD at rate 1: its log, and the gradient as (parameters before) - (after)."""
     before = policy.flat()
     optimizer = torch.optim.SGD(policy.trainable(), lr=1.0)
     accelerator = accelerator or Accelerator(cpu=True)
     options = settings(**changed)
-    log = update(policy, optimizer, accelerator, edges, policy.encode(prompts), sampler, options, objective)
+    log = update(policy, optimizer, accelerator, edges, policy.encode(prompts), sampler, options, objective, on_policy)
     gradient = before - policy.flat()
 
     # The parameters are put back, so that the next step starts from the same.
@@ -915,3 +915,38 @@ def test_the_algorithm_needs_no_diffusers():
     """Who reads or changes it needs torch alone: no model library is imported."""
     code = "import branchgrpo, sys; assert not {'diffusers', 'transformers', 'accelerate', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(branchgrpo.__file__).parent)
+
+
+# ---------------------------------------------------------------------------------------------- rounding and the ratio
+def edges_of_a_rollout():
+    """Policy, sampler and the edges of a rollout whose advantages are those of `credited`."""
+    forest, sampler, trees = case()
+    policy, out = rolled(forest, sampler, trees)
+    advantages, keep = credited(forest, trees, out)
+    return policy, sampler, flatten_edges(out, forest, keep, advantages, ALL, "edge")
+
+
+def test_on_policy_nothing_is_clipped_however_the_rollout_rounded():
+    """Old log-probs off by more than the clip range, as bf16 makes them: the gradient is that of exact ones."""
+    policy, sampler, edges = edges_of_a_rollout()
+    _, exact = step(policy, edges, sampler, clip=1e-4)
+    edges.logp_old = edges.logp_old + 7e-4 * torch.randn(
+        edges.logp_old.shape, generator=torch.Generator().manual_seed(0)
+    )
+    log, gradient = step(policy, edges, sampler, clip=1e-4, on_policy=True)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-9, atol=1e-12)
+    assert log["clip_frac"] == 0 and log["ratio_dev"] > 5e-4  # which is reported all the same
+    log, gradient = step(policy, edges, sampler, clip=1e-4)
+    assert log["clip_frac"] > 0.5 and np.linalg.norm(gradient - exact) > 0.1 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 4])
+def test_remembered_log_probs_are_those_of_the_updates_calls(micro_batch):
+    policy, sampler, edges = edges_of_a_rollout()
+    exact = edges.logp_old.clone()
+    edges.logp_old = edges.logp_old + 1.0
+    branchgrpo.remember_logp(policy, edges, policy.encode(PROMPTS), sampler, micro_batch)
+    torch.testing.assert_close(edges.logp_old, exact)
+    sizes, policy.calls = policy.calls[-len(range(0, len(edges.x), micro_batch or 99)) :], []
+    step(policy, edges, sampler, micro_batch=micro_batch)
+    assert policy.calls == sizes  # so they round alike
