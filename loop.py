@@ -308,46 +308,53 @@ def train(run: Run) -> None:
         NonFinite, CannotScore: the run stops; the last good checkpoint stays.
         Stopped: after SIGTERM, with a checkpoint of the iteration that it came in.
     """
-    args, log = run.args, Log(run)
+    with Terminator(run.accelerator) as terminator:
+        begin(run, log := Log(run))
+        go_on(run, log, terminator)
 
-    # A run that begins is evaluated untrained, and its pictures are kept for before_after.png.
+    if log.main:
+        log.tracker.finish()
+    if run.pictures is None:  # a finished run, resumed
+        run.pictures = evaluate(run)[1]
+
+
+def begin(run: Run, log: Log) -> None:
+    """A run that begins is evaluated untrained, and its pictures are kept for before_after.png."""
     if not run.history:
         lap = stopwatch(run.accelerator.device)
         scores, run.pictures = evaluate(run)
         log.write({"iteration": 0, **scores, "seconds_eval": lap()}, strip(run.pictures))
         keep_before(run, run.pictures)
 
+
+def go_on(run: Run, log: Log, terminator: Terminator) -> None:
+    """The iterations that are left; see `train`."""
+    args = run.args
     bar = tqdm(total=args.iterations, initial=run.iteration, desc=args.method, file=sys.stderr, disable=not log.main)
     heldout = [row["heldout_reward"] for row in run.history if "heldout_reward" in row][-1]
-    with Terminator(run.accelerator) as terminator:
-        for iteration in range(run.iteration, args.iterations):
-            row, histograms = iterate(run, iteration)
-            row, pictures = {"iteration": iteration + 1} | row, None
-            run.iteration = iteration + 1
-            warn_without_spread(run, row)
+    for iteration in range(run.iteration, args.iterations):
+        row, histograms = iterate(run, iteration)
+        row, pictures = {"iteration": iteration + 1} | row, None
+        run.iteration = iteration + 1
+        warn_without_spread(run, row)
 
-            last = run.iteration == args.iterations
-            if last or run.iteration % args.eval_every == 0:
-                lap = stopwatch(run.accelerator.device)
-                scores, run.pictures = evaluate(run)
-                pictures, heldout = strip(run.pictures), scores["heldout_reward"]
-                row |= scores | {"seconds_eval": lap()}
+        last = run.iteration == args.iterations
+        if last or run.iteration % args.eval_every == 0:
+            lap = stopwatch(run.accelerator.device)
+            scores, run.pictures = evaluate(run)
+            pictures, heldout = strip(run.pictures), scores["heldout_reward"]
+            row |= scores | {"seconds_eval": lap()}
 
-            # The row is written before the checkpoint, which keeps all rows up to its iteration.
-            log.write(row, pictures, histograms)
-            stopped = terminator.came()
-            if last or stopped or run.iteration % args.save_every == 0:
-                save_checkpoint(run)
-            if stopped and not last:
-                raise Stopped
-            bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{heldout:.3f}")
-            bar.update()
+        # The row is written before the checkpoint, which keeps all rows up to its iteration.
+        log.write(row, pictures, histograms)
+        stopped = terminator.came()
+        if last or stopped or run.iteration % args.save_every == 0:
+            save_checkpoint(run)
+        if stopped and not last:
+            raise Stopped
+        bar.set_postfix(reward=f"{row['reward_mean']:.3f}", heldout=f"{heldout:.3f}")
+        bar.update()
     bar.close()
-
-    if log.main:
-        log.tracker.finish()
-    if run.pictures is None:  # a finished run, resumed
-        run.pictures = evaluate(run)[1]
 
 
 def keep_before(run: Run, pictures: Tensor) -> None:

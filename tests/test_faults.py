@@ -128,7 +128,9 @@ def saving(out: Path, iteration: int, keep: int) -> SimpleNamespace:
     accelerator = Accelerator(cpu=True)
     policy, optimizer = SimpleNamespace(trainable=lambda: [torch.ones(1)]), SimpleNamespace(state={})
     run = SimpleNamespace(out=out, iteration=iteration, accelerator=accelerator, policy=policy, optimizer=optimizer)
-    vars(run).update(ema=None, history=[], identity="me", at=lambda place: None, args=SimpleNamespace(keep=keep))
+    vars(run).update(
+        ema=None, history=[], silent={}, identity="me", at=lambda place: None, args=SimpleNamespace(keep=keep)
+    )
     return run
 
 
@@ -526,8 +528,8 @@ def test_ruined_weights_are_not_kept(capsys, copy, monkeypatch):
     """A step that makes a weight infinite leaves the checkpoint before it as the newest."""
     update = loop.update
 
-    def ruin(policy, *args):
-        stats = update(policy, *args)
+    def ruin(policy, *args, **kwargs):
+        stats = update(policy, *args, **kwargs)
         policy.trainable()[0].data[0] = torch.inf
         return stats
 
