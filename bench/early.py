@@ -31,6 +31,8 @@ ARMS = {
     "star, noise at the split only": "--method branchgrpo-mix --mix 0 --splits 0 --branch 16",
 }
 
+SMALL = {arm: flags.replace("16", "4") + " --steps 6" for arm, flags in ARMS.items()}  # of a smoke run
+
 
 def correlations(run, prompt: str, number: int) -> list[float]:
     """Rank correlation at each depth 0..T-1 of one prompt's rollout; not a number where all rewards are equal."""
@@ -80,7 +82,7 @@ def main() -> None:
     arms = {}
     with tqdm(total=n * len(ARMS), desc="rollouts", file=sys.stderr) as bar:
         for arm, flags in ARMS.items():
-            own, values = common.variant(run, args, flags), []
+            own, values = common.variant(run, args, flags if not args.smoke else SMALL[arm]), []
             for number, prompt in enumerate(prompts):
                 values.append(correlations(own, prompt, number))
                 bar.update()

@@ -311,7 +311,7 @@ def main() -> None:
     args = parser.parse_args()
 
     n, n_prompts = (2, 2) if args.smoke else (args.trials, args.prompts)
-    run = common.prepare(args, "--leaves 4" if args.smoke else "")
+    run = common.prepare(args, "--leaves 4 --steps 6" if args.smoke else "")
     prompts = [run.prompts[i] for i in np.random.default_rng(0).permutation(len(run.prompts))[:n_prompts]]
     rows, reference_sums, references, arms = {}, {}, {}, {}
 

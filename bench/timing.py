@@ -195,7 +195,7 @@ def main() -> None:
     # All methods share one policy, whose learning rate is so small that it stays as it is. The first iteration of each
     # allocates memory and is not measured.
     arms = {name: flags for name, (flags, _, _) in hardware.METHODS.items()} | LARGE
-    shared = f" --steps 20 --prompts-per-iteration {prompts} --iterations 300 --eval-size 1"
+    shared = f" --steps {10 if args.smoke else 20} --prompts-per-iteration {prompts} --iterations 300 --eval-size 1"
     runs, first = {}, common.prepare(args, shared, lr=1e-12)
     for name, flags in arms.items():
         leaves = many_leaves if name in LARGE else few_leaves

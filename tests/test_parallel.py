@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from workers import CASES, prepared_run
+from workers import CASES, gradients_of_an_iteration, prepared_run
 
 import parallel
 
@@ -39,10 +39,8 @@ def metric_rows(out: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def gradients_of_one(tmp_path_factory):
     """Case -> the gradients that one process computes, by name."""
-    folder = tmp_path_factory.mktemp("one")
-    done = start("tests/workers.py", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {name: load_file(folder / f"{name}.safetensors") for name in CASES}
+    folder = str(tmp_path_factory.mktemp("one"))
+    return {name: gradients_of_an_iteration(prepared_run(case, folder)) for name, case in CASES.items()}
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -1,6 +1,6 @@
 """What test_parallel.py starts with torchrun: one iteration of each case; the main process writes its gradients.
 
-python tests/workers.py FOLDER [FLAGS]     # in one process, or in as many as torchrun starts
+python tests/workers.py FOLDER [FLAGS]     # in as many processes as torchrun starts
 python tests/workers.py FOLDER --faults    # the second process meets faults, is slow, and is stopped
 """
 
@@ -35,6 +35,8 @@ CASES = {
     "all weights": "--method branchgrpo --width-prune extreme-1",
     "LoRA, KL": "--lora 4 --kl 0.1 --gradient-checkpointing",
     "KL": "--kl 0.1 --eta 0.5",
+    "endpoint": "--objective endpoint --splits 0,2",
+    "elbo, without noise": "--objective elbo --method ode --noise-draws 1",
     "Wan, guided": "--video --guidance 2 --frames 5 --reward colour:1",
 }
 
