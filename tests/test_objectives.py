@@ -174,6 +174,10 @@ def test_noised_leaves_are_shared_and_stratified():
     assert torch.equal(rows.advantage.view(shape)[..., 1], advantages[-1])
     assert rows.prompt.view(shape)[:, 0, 0].tolist() == [0, 1, 2]
 
+    # nft takes advantages as fractions of A_max = 5, so that r lies between 0 and 1.
+    scaled = leaves_with_noise({}, "nft")[1].advantage
+    torch.testing.assert_close(scaled, rows.advantage / 5)
+
 
 def test_a_prompts_noise_does_not_depend_on_the_others():
     forest, sampler, trees = case()

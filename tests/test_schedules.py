@@ -267,6 +267,14 @@ def test_adapted_splits_go_where_variance_per_unit_is_largest():
     assert value(chosen) == max(value((i, j)) for i in steps for j in range(i + 1, 9))
 
 
+def test_adapted_splits_follow_the_last_measurements():
+    """Step 0 had all of the variance once, and none in the last 20 measurements: the mean is over those."""
+    args = options(**AUTO_ARGS)
+    once = measured(step0=9.0) + measured(**{f"step{i}": 0.1 for i in range(1, 9)}) + measured(step0=0.0) * 20
+    assert 0 not in schedule_of(args, 20, once).forest.splits
+    assert 0 in schedule_of(args, 20, once[:-10]).forest.splits
+
+
 def test_adapted_splits_never_stop_looking_around():
     args = options(**AUTO_ARGS)
     rows = measured(**{f"step{i}": 0.1 for i in range(9)})
