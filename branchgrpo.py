@@ -22,6 +22,7 @@ Departures from the paper and its code, and why:
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -392,6 +393,13 @@ def micro_batch_of(batch: Rows, rows: slice, device) -> Rows:
     return type(batch)(**{name: value.to(device) for name, value in fields.items()})
 
 
+def micro_batches(batch: Rows, size: int, device) -> Iterator[Rows]:
+    """A batch cut into parts of at most `size` rows each, 0 is no limit: the calls that an update makes."""
+    size = size or max(1, len(batch.x))
+    for start in range(0, len(batch.x), size):
+        yield micro_batch_of(batch, slice(start, min(start + size, len(batch.x))), device)
+
+
 def split_parents(batch: Rows, n: int, seed: list[int]) -> list[Rows]:
     """The rows, parents with their edges, dealt at random into n sets whose sizes differ by one at most.
 
@@ -445,11 +453,7 @@ def remember_logp(policy, edges: Edges, cond: Cond, sampler: Sampler, micro_batc
     later ones are compared with the clip range, and would hold that rounding if the rollout's log-probs were kept. One
     more forward per parent.
     """
-    device, size = next(iter(cond.values())).device, micro_batch or len(edges.x)
-    parts = [
-        micro_batch_of(edges, slice(start, min(start + size, len(edges.x))), device)
-        for start in range(0, len(edges.x), size)
-    ]
+    parts = micro_batches(edges, micro_batch, next(iter(cond.values())).device)
     logp = [edge_logp(policy, part, take_cond(cond, part.prompt), sampler)[0] for part in parts]
     edges.logp_old = torch.cat([edges.logp_old[:0], *(x.to(edges.logp_old.device) for x in logp)])
 
@@ -539,13 +543,11 @@ def update(
     sums = torch.zeros(3, device=device)  # loss, fraction of edges with |rho - 1| > c (whatever A), kl
     ratio_dev = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
-    size, clip = args.micro_batch or n_rows, None if on_policy else args.clip
-    for start in range(0, n_rows, size):
-        rows = slice(start, min(start + size, n_rows))
-        part = micro_batch_of(batch, rows, device)
-
+    done, clip = 0, None if on_policy else args.clip
+    for part in micro_batches(batch, args.micro_batch, device):
         # Gradients of micro-batches add up. DDP averages them over processes, which it need do in the last one only.
-        last = rows.stop == n_rows
+        done += len(part.x)
+        last = done == n_rows
         with nullcontext() if last else accelerator.no_sync(policy.transformer):
             loss, ratio, kl = objective(policy, part, cond, sampler, clip, with_kl=args.kl > 0)
             loss = (part.weight * loss).sum() / total_weight

@@ -28,10 +28,9 @@ import numpy as np
 import torch
 
 import flags
-from branchgrpo import prune
 from objectives import rows_per_prompt
 from rewards import parse_weights
-from schedules import schedule_of
+from schedules import kept_edges, schedule_of
 from tree import count
 
 GIB = 2**30
@@ -158,12 +157,11 @@ def counted(args, iteration: int) -> dict[str, float]:
     trained_parents are the rows that --objective trains.
     """
     schedule = schedule_of(args, iteration)
-    forest, depth_window = schedule.forest, schedule.depth_window
+    forest = schedule.forest
 
     # Which edges are kept depends on the rewards, but how many does not, so any rewards and advantages will do.
     rewards, advantages = torch.zeros(1, forest.leaves), [torch.zeros(1, n) for n in forest.sizes[1:]]
-    pruning = (args.width_prune, depth_window, schedule.trained_steps, args.size_prune)
-    keep = prune(forest, rewards, *pruning, advantages)
+    keep = kept_edges(args, schedule, rewards, advantages)
     return count(forest, keep) | {"trained_parents": rows_per_prompt(args, forest, keep)}
 
 

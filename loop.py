@@ -33,7 +33,6 @@ from branchgrpo import (
     Rows,
     credit,
     generators,
-    prune,
     remember_logp,
     rollout,
     sample_ode,
@@ -45,7 +44,7 @@ from disk import replacing
 from objectives import OBJECTIVES, ON_LEAVES, remember_velocity
 from parallel import together
 from prompts import count_silent, drawn_prompts, own_prompts
-from schedules import schedule_of
+from schedules import kept_edges, schedule_of
 from tree import EQUAL, Forest, count, effective_leaves, split_variance
 
 EVAL_KEY = 2**31  # keys the held-out noises; the same for every seed, so runs are paired
@@ -201,8 +200,7 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
 
     # 4. Credit every edge from the leaves below it, then choose the edges to train.
     leaf_rewards, ranking, advantages = credit_leaves(run, out, forest, scores)
-    pruning = (args.width_prune, schedule.depth_window, schedule.trained_steps, args.size_prune)
-    keep = prune(forest, ranking, *pruning, advantages)
+    keep = kept_edges(args, schedule, ranking, advantages)
 
     # 5. Update. The rate falls linearly from --lr to the fraction --lr-end of it.
     row["lr"] = args.lr * (1 - (1 - args.lr_end) * iteration / args.iterations)

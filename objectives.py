@@ -39,7 +39,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from branchgrpo import Cond, Edges, Rollout, Rows, Sampler, clipped_loss, flatten_edges, surrogate, take_cond
+from branchgrpo import (
+    Cond,
+    Edges,
+    Rollout,
+    Rows,
+    Sampler,
+    clipped_loss,
+    flatten_edges,
+    micro_batches,
+    surrogate,
+    take_cond,
+)
 from tree import Forest, count
 
 
@@ -198,12 +209,8 @@ def noised_leaves(
 @torch.no_grad()
 def remember_velocity(policy, rows: Noised, cond: Cond, micro_batch: int) -> None:
     """Keep the velocity of the policy as it is now: later optimiser steps compare with it. One unit per row."""
-    size = micro_batch or len(rows.x)
-    parts = [slice(start, start + size) for start in range(0, len(rows.x), size)]
-    device = next(iter(cond.values())).device
-    velocities = [
-        policy.velocity(rows.x[p].to(device), rows.sigma[p].to(device), take_cond(cond, rows.prompt[p])) for p in parts
-    ]
+    parts = micro_batches(rows, micro_batch, next(iter(cond.values())).device)
+    velocities = [policy.velocity(part.x, part.sigma, take_cond(cond, part.prompt)) for part in parts]
     rows.v_old = torch.cat(velocities).to(rows.x.device)
 
 

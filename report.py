@@ -28,9 +28,9 @@ from torch import Tensor
 
 import loop
 import rewards as R
-from branchgrpo import generators, prune, rollout
+from branchgrpo import generators, rollout
 from disk import replacing
-from schedules import schedule_of
+from schedules import kept_edges, schedule_of
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito: safe for colour-blind readers
 TREE_KEY = 2**31 + 1  # noise of the drawn tree
@@ -48,8 +48,7 @@ def write(run) -> None:
 
 def compare(run) -> None:
     """The same prompts and noises before and after, as before_after.png; videos also as .mp4 and .gif."""
-    # Videos, shown as strips of nine frames, are three times as wide.
-    # On more processes the main one has fewer pictures.
+    # On more processes the main one has fewer pictures. Videos are strips of nine frames, three times as wide.
     before = load_file(run.out / "before.safetensors")["pictures"]
     n = min(len(before), len(run.pictures))
     before, after, prompts = before[:n], run.pictures[:n], [run.heldout[i % len(run.heldout)] for i in range(n)]
@@ -199,8 +198,7 @@ def tree(run, path: Path) -> None:
     scores = R.score(run.rewards, leaves, [prompt] * forest.leaves)
     pictures = [*(loop.strip(policy.decode(x[0])) for x in out.x0hat), loop.strip(leaves)]
     rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
-    pruning = (args.width_prune, schedule.depth_window, schedule.trained_steps, args.size_prune)
-    keep = prune(forest, ranking, *pruning, advantages)
+    keep = kept_edges(args, schedule, ranking, advantages)
     draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)
 
 

@@ -31,6 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from branchgrpo import prune
 from sde import sigma_schedule, step_moments
 from tree import Forest, depth_window_range, make_forest, spread_splits, window_start
 
@@ -196,6 +197,16 @@ def schedule_of(args, iteration: int, history: list[dict] = ()) -> Schedule:
 
     step_weight = step_std_weights(args) if args.method == "tempflow" else None
     return Schedule(forest, sigmas, trained, depth_window, step_weight)
+
+
+def kept_edges(args, schedule: Schedule, rewards: torch.Tensor, advantages: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The edges that a run's options leave to train, by `branchgrpo.prune`: T bool masks (P, n_{i+1}).
+
+    Args:
+        rewards: (P, leaves), which rank the leaves. advantages: T tensors (P, n_{i+1}).
+    """
+    windows = (args.width_prune, schedule.depth_window, schedule.trained_steps, args.size_prune)
+    return prune(schedule.forest, rewards, *windows, advantages)
 
 
 def step_std_weights(args) -> list[float]:

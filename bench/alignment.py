@@ -180,13 +180,7 @@ def tune(arm: str, args, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
             name = "tune/{}/{}-{}-{}-{}".format(arm, iterations, *setting).replace(" ", "_")
 
             # A setting that diverges is no error of the benchmark: it ranks last.
-            try:
-                return common.final_reward(common.train(args, args.out / name, flags.split()))
-            except common.Failed as error:
-                tqdm.write(f"{arm} {setting}: {error}", file=sys.stderr)
-                return None
-            finally:
-                bar.update()
+            return common.tried(args, args.out / name, flags, bar)
 
         # All cells of the rung, several at once.
         scores = list(pool.map(cell, cells))

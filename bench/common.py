@@ -179,6 +179,17 @@ def train(
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def tried(args, folder: Path, flags: str, bar) -> float | None:
+    """Return the final reward of one cell of a grid; None where the run diverged, which is said and ranks last."""
+    try:
+        return final_reward(train(args, folder, flags.split()))
+    except Failed as error:
+        tqdm.write(f"{flags}: {error}", file=sys.stderr)
+        return None
+    finally:
+        bar.update()
+
+
 def train_all(args, name: str, tasks: dict[str, str]) -> dict[str, list[dict]]:
     """Do many training runs, `args.jobs` at the same time, with a progress bar; finished ones are read, not repeated.
 

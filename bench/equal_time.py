@@ -123,13 +123,7 @@ def tune(arm: str, n: int, args, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
             flags = f"{ARMS[arm][0]}{flags_of(setting)} --seed 1000 {files} --iterations {length}"
             flags += f" --eval-every {max(1, length // 6)} --eval-size {8 if args.smoke else 96}"
             name = common.file_name(f"tune/{arm}/{length}-{'-'.join(map(str, setting))}")
-            try:
-                return common.final_reward(common.train(args, args.out / name, flags.split()))
-            except common.Failed as error:  # a setting that diverges ranks last
-                tqdm.write(f"{arm} {setting}: {error}", file=sys.stderr)
-                return None
-            finally:
-                bar.update()
+            return common.tried(args, args.out / name, flags, bar)
 
         scores = list(pool.map(score, cells))
         record.append({"iterations": length, "cells": [[*c, s] for c, s in zip(cells, scores)]})
