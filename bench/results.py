@@ -688,8 +688,8 @@ def equal_time(d: dict) -> Section:
         f" ends highest, {interval(r['final_minus_dance'], '+.3f')} from DanceGRPO's reward."
     )
     notes = [
-        "Each arm makes as many iterations as fit into that time; kind of step and learning rate are chosen for that"
-        " horizon. Times are fractions of DanceGRPO's; a seed that never reaches the mark counts as never.",
+        "Each arm makes as many iterations as fit into that time; the learning rate is chosen for that many."
+        " Times are fractions of DanceGRPO's; a seed that never reaches the mark counts as never.",
         "Counted with decoding and rewards, and after equal numbers of iterations: see the appendix.",
     ]
     return Section(finding, table(head, rows), notes)
@@ -699,10 +699,10 @@ def more_equal_time(d: dict) -> tuple[str, list[str]]:
     """Settings, wall-clock and equal updates."""
     rows = []
     for arm, r in d["table"].items():
-        setting = " ".join(map(str, d["tuned"][arm]["setting"]))
+        lr = d["tuned"][arm]["lr"]
         cells = [interval(r["wall_minus_dance"], "+.3f"), interval(r["equal_updates_minus_dance"], "+.3f")]
-        rows.append([shown(arm), setting, d["iterations"][arm], f"{d['seconds'][arm]['policy']:.3f}", *cells])
-    head = ["arm", "step, eta, learning rate", "iterations", "seconds per iteration"]
+        rows.append([shown(arm), lr, d["iterations"][arm], f"{d['seconds'][arm]['policy']:.3f}", *cells])
+    head = ["arm", "learning rate", "iterations", "seconds per iteration"]
     head += ["minus DanceGRPO's, decoding and rewards counted", "the same after equal iterations"]
     return table(head, rows), ["All are differences of the held-out reward, paired by seed, with 95 % intervals."]
 
