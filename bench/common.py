@@ -244,8 +244,9 @@ def runs(args) -> Path:
 
 
 def file_name(text: str) -> str:
-    """Replace by _ what no file name should hold: 's = 4' -> 's___4'."""
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in text)
+    """Replace by _ what no file name should hold: 's = 4' -> 's___4'. A long name is cut, and ends in its hash."""
+    name = "".join(c if c.isalnum() or c in "-._" else "_" for c in text)
+    return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 # ------------------------------------------------------------------------------------- what is read from the metrics
