@@ -24,7 +24,7 @@ Departures from the paper and its code, and why:
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -69,14 +69,24 @@ class Sampler:
     s: float = 4.0
     density: str = "true"
     flash: bool = False
+    copies: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def levels(self, like: Tensor) -> Tensor:
+        """The noise levels (T+1,) on the device and in the dtype of a tensor, copied there once."""
+        key = (like.device, like.dtype)
+        if key not in self.copies:
+            self.copies[key] = self.sigmas.to(like)
+        return self.copies[key]
 
     def moments(self, step: Tensor, x: Tensor, v: Tensor, stochastic: bool = True) -> tuple[Tensor, Tensor]:
         """Mean (B, ...) and std (B, 1, ..., 1) of the next latent; step (B,) may differ from row to row."""
         # Each row has the noise level of its own step, as (B, 1, ..., 1) so that it broadcasts over the latent.
-        sigmas = self.sigmas.to(x.device, x.dtype)
+        sigmas = self.levels(x)
         shape = (-1, *[1] * (x.ndim - 1))
         sigma, sigma_next = sigmas[step].view(shape), sigmas[step + 1].view(shape)
-        return step_moments(self.kind if stochastic else "ode", x, v, sigma, sigma_next, self.eta, float(sigmas[1]))
+        return step_moments(
+            self.kind if stochastic else "ode", x, v, sigma, sigma_next, self.eta, float(self.sigmas[1])
+        )
 
 
 @dataclass
@@ -93,11 +103,14 @@ class Rollout:
     x0hat: list[Tensor]
 
     def path_logp(self, forest: Forest) -> Tensor:
-        """(P, leaves) float64: log-probs summed along each leaf's path."""
+        """(P, leaves) float64 on the CPU: log-probs summed along each leaf's path."""
+        # All depths come to the CPU in one transfer, for which the host waits once.
+        logp = torch.cat(self.logp_mean, 1).cpu().double().split(forest.sizes[1:], 1)  # T times (P, n_{i+1})
+
         # Edge i of a leaf's path is the one that leads to the leaf's ancestor at depth i + 1.
         # Two leaves below node 0 of depth 1 both take entry [:, 0] of step 0, then each its own entries.
         steps = range(forest.steps)
-        return sum(self.logp_mean[i].double()[:, forest.ancestors(i + 1, forest.steps)] for i in steps)
+        return sum(logp[i][:, forest.ancestors(i + 1, forest.steps)] for i in steps)
 
 
 def generators(seed: int, iteration: int, slots: range) -> list[torch.Generator]:
@@ -116,17 +129,33 @@ def repeat_cond(cond: Cond, times: int) -> Cond:
     return {name: value.repeat_interleave(times, 0) for name, value in cond.items()}
 
 
-def take_cond(cond: Cond, index: Tensor) -> Cond:
+def take_cond(cond: Cond, index: Tensor | slice) -> Cond:
     """The conditioning of the prompts at `index`: (P, ...) -> (B, ...)."""
-    return {name: value[index.to(value.device)] for name, value in cond.items()}
+    return {name: value[index] for name, value in cond.items()}
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on another device; on the way to a GPU without waiting: the host goes on to queue what comes next.
+
+    CUDA copies from pinned memory alone while the host goes on. On the way back the host must wait: it would read
+    numbers that have not come yet.
+    """
+    device = torch.device(device)
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def velocity(policy, x: Tensor, step: Tensor, sampler: Sampler, cond: Cond, micro_batch: int = 0) -> Tensor:
     """The policy's velocity at a batch of nodes, in micro-batches where asked: x (B, ...), step (B,) -> (B, ...)."""
-    sigma = sampler.sigmas.to(x.device, x.dtype)[step]
+    sigma = sampler.levels(x)[step]
     if not 0 < micro_batch < len(x):
         return policy.velocity(x, sigma, cond)
-    rows = torch.arange(len(x)).split(micro_batch)
+
+    # Slices, and no lists of indices, which would have to be copied to the device for each call.
+    rows = [slice(a, a + micro_batch) for a in range(0, len(x), micro_batch)]
     return torch.cat([policy.velocity(x[r], sigma[r], take_cond(cond, r)) for r in rows])
 
 
@@ -150,7 +179,7 @@ def rollout(
     store = store or device
 
     # Depth 0: the initial noises, sigma_0 = 1, drawn by each prompt's own generator.
-    x = torch.stack([torch.randn(forest.roots, *shape, generator=g) for g in rng]).to(device)  # (P, n_0, *latent)
+    x = moved(torch.stack([torch.randn(forest.roots, *shape, generator=g) for g in rng]), device)  # (P, n_0, *latent)
     out = Rollout([x.to(store)], [], [])
 
     # Up to the last noise, depth by depth; some of these steps may be deterministic (the ODE prefix, Mix).
@@ -166,8 +195,8 @@ def rollout(
         if forest.stochastic(i):
             k = forest.children[i]
             mean, std = mean.repeat_interleave(k, 0), std.repeat_interleave(k, 0)  # (P n_{i+1}, *latent)
-            noise = torch.cat([branch_noise(x.shape[1], k, shape, sampler.s, g) for g in rng]).to(device)
-            children = mean + std * noise
+            noise = torch.cat([branch_noise(x.shape[1], k, shape, sampler.s, g) for g in rng])
+            children = mean + std * moved(noise, device)
             logp = gaussian_logp_mean(children, mean, std, sampler.density)  # (P n_{i+1},)
         else:  # no split is deterministic (Forest checks it), so every node has one child
             children, logp = mean, torch.zeros(len(mean), device=device)
@@ -248,10 +277,10 @@ def credit(
         T tensors (P, n_{i+1}) float64 on the CPU: edge i takes its child's value.
     """
     # Eq. 3, bottom-up: fused[d] (P, n_d) is what the leaves below each node of depth d are worth.
-    fused = fuse(rewards.to(out.logp_mean[0].device), out.path_logp(forest), forest, beta)
+    fused = fuse(rewards.cpu(), out.path_logp(forest), forest, beta)
 
     # Eq. 4: compare the nodes of one prompt at one depth. The whole tree is compared, before any pruning.
-    return advantages([level.cpu() for level in fused], forest, rule, adv_clip)
+    return advantages(fused, forest, rule, adv_clip)
 
 
 def prune(
@@ -356,48 +385,69 @@ def flatten_edges(
         parent = row.unsqueeze(2).expand_as(mask)[mask]  # (E_i,)
 
         # Parents: latent x_i, step i, and the prompt whose conditioning the transformer needs.
-        device = out.latents[i].device
-        edge, node = mask.flatten(1).to(device), trained.to(device)
-        columns["x"].append(out.latents[i][prompts][node])  # (N_i, *latent)
-        columns["step"].append(torch.full((int(trained.sum()),), i))
+        node, edge = rows_chosen(trained, prompts), rows_chosen(mask.flatten(1), prompts)
+        columns["x"].append(take_rows(out.latents[i], node))  # (N_i, *latent)
+        columns["step"].append(torch.full((len(node),), i))
         columns["prompt"].append(prompts[trained.nonzero()[:, 0]])
 
         # Edges: the child x_{i+1} that was drawn, its log-prob then, its advantage. TempFlow-GRPO's factor f scales the
         # loss; as clipped_loss(rho, f A) = f clipped_loss(rho, A) for f >= 0, it is put into the advantage.
         factor = step_weight[i] if step_weight else 1.0
-        columns["child"].append(out.latents[i + 1][prompts][edge])  # (E_i, *latent)
+        columns["child"].append(take_rows(out.latents[i + 1], edge))  # (E_i, *latent)
         columns["parent"].append(parent)
         columns["advantage"].append(credits[i][prompts][mask.flatten(1)].float() * factor)
-        columns["logp_old"].append(out.logp_mean[i][prompts][edge])
+        columns["logp_old"].append(take_rows(out.logp_mean[i], edge))
 
         # Eq. 5 counts edges: step 0 has 2 of the 202 stochastic edges of the paper's tree (T = 20). With "path" the
         # edges of a step weigh 1 together.
         weight = 1 / forest.sizes[i + 1] if loss_weight == "path" else 1.0
-        columns["weight"].append(torch.full((int(mask.sum()),), weight))
-    return Edges(**{name: torch.cat(tensors).to(out.latents[0].device) for name, tensors in columns.items()})
+        columns["weight"].append(torch.full((len(edge),), weight))
+    return Edges(**{name: moved(torch.cat(tensors), out.latents[0].device) for name, tensors in columns.items()})
 
 
-def micro_batch_of(batch: Rows, rows: slice, device) -> Rows:
-    """Some rows of a batch, parents with their edges, on the device that computes."""
-    # Edges are sorted by parent, so those of rows a:b are contiguous: parent [0,1,1,2], rows 1:2 -> edges 1:3.
-    between = slice(0, 0)
-    if isinstance(batch, Edges):
-        ends = torch.tensor([rows.start, rows.stop], device=batch.parent.device)
-        between = slice(*torch.searchsorted(batch.parent, ends).tolist())
-    tensors = {name: value for name, value in vars(batch).items() if value is not None}
-    fields = {name: value[between if batch.of_edges(name) else rows] for name, value in tensors.items()}
+def rows_chosen(mask: Tensor, prompts: Tensor) -> Tensor:
+    """Where the nodes chosen by a mask lie among all nodes of a depth, prompt by prompt.
 
-    # Their parents are numbered from 0 again.
-    if isinstance(batch, Edges):
-        fields["parent"] = fields["parent"] - rows.start
-    return type(batch)(**{name: value.to(device) for name, value in fields.items()})
+    Args:
+        mask: (p, n) on the CPU. prompts: (p,) indices of the prompts that its rows are.
+
+    Returns:
+        (chosen,) indices into P n rows. Prompts [0, 2] with n = 3 and mask [[1,0,0],[0,1,1]] give [0, 7, 8].
+    """
+    n = mask.shape[1]
+    return (prompts.unsqueeze(1) * n + torch.arange(n))[mask]
+
+
+def take_rows(level: Tensor, rows: Tensor) -> Tensor:
+    """The entries (P, n, ...) -> (rows, ...) at the indices of `rows_chosen`, on the level's own device.
+
+    A mask would make the host wait until the device has counted it; how many indices there are is known already.
+    """
+    return level.flatten(0, 1)[moved(rows, level.device)]
 
 
 def micro_batches(batch: Rows, size: int, device) -> Iterator[Rows]:
-    """A batch cut into parts of at most `size` rows each, 0 is no limit: the calls that an update makes."""
-    size = size or max(1, len(batch.x))
-    for start in range(0, len(batch.x), size):
-        yield micro_batch_of(batch, slice(start, min(start + size, len(batch.x))), device)
+    """A batch cut into parts of at most `size` rows each, 0 is no limit: the calls that an update makes.
+
+    The parts lie on the device that computes, parents together with their edges.
+    """
+    size, n = size or max(1, len(batch.x)), len(batch.x)
+    tensors = {name: value for name, value in vars(batch).items() if value is not None}
+
+    # Edges are sorted by parent, so those of rows a:b are contiguous: parent [0,1,1,2], rows 1:2 -> edges 1:3. All the
+    # bounds are found at once, so the host waits for the device once and not for each part.
+    starts = list(range(0, n, size))
+    bounds = [0] * (len(starts) + 1)
+    if isinstance(batch, Edges):
+        ends = moved(torch.tensor([*starts, n]), batch.parent.device)
+        bounds = torch.searchsorted(batch.parent, ends).tolist()
+
+    for j, start in enumerate(starts):
+        rows, between = slice(start, start + size), slice(bounds[j], bounds[j + 1])
+        fields = {name: value[between if batch.of_edges(name) else rows] for name, value in tensors.items()}
+        if isinstance(batch, Edges):  # their parents are numbered from 0 again
+            fields["parent"] = fields["parent"] - start
+        yield type(batch)(**{name: moved(value, device) for name, value in fields.items()})
 
 
 def split_parents(batch: Rows, n: int, seed: list[int]) -> list[Rows]:
@@ -494,7 +544,7 @@ def surrogate(
 
     # KL of two Gaussians of equal std, per dimension: mean_D (m - m_ref)^2 / (2 std^2).
     with torch.no_grad():
-        v_ref = policy.velocity(edges.x, sampler.sigmas.to(mean)[edges.step], cond, reference=True)
+        v_ref = policy.velocity(edges.x, sampler.levels(mean)[edges.step], cond, reference=True)
         mean_ref, _ = sampler.moments(edges.step, edges.x, v_ref)
     kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)  # (N,)
     return loss, ratio, kl
@@ -535,8 +585,8 @@ def update(
 
     # The divisors of both means. Forests are regular, so all processes hold equally many rows, and either all train
     # or none does. The reduction comes before the return, since it waits for every process.
-    total = torch.tensor([float(batch.weight.sum()), float(n_rows)], device=device)
-    total_weight, total_rows = accelerator.reduce(total, "sum")
+    total = torch.stack([batch.weight.sum(), torch.full((), float(n_rows), device=batch.weight.device)])
+    total_weight, total_rows = accelerator.reduce(moved(total, device), "sum")
     if not total_weight:  # on every process alike: a window may leave nothing to train
         return {}
 
@@ -562,15 +612,21 @@ def update(
             clipped = (away > (math.inf if on_policy else args.clip)).float().sum() / n_terms
             sums += torch.stack([loss + args.kl * kl, clipped, kl])
 
-    # Every process sees the same sums and the same norm, so all stop together or none does.
+    # All that is reported comes to the host in one transfer, for which it must wait before the optimiser steps. Every
+    # process sees the same sums and the same norm, so all stop together or none does.
     sums = accelerator.reduce(sums, "sum")
     grad_norm = accelerator.clip_grad_norm_(policy.trainable(), args.max_grad_norm or math.inf)
-    if not (sums.isfinite().all() and torch.as_tensor(grad_norm).isfinite()):
-        raise NonFinite(f"the loss ({float(sums[0])}) or its gradient norm ({float(grad_norm)}) is not finite")
+    if hasattr(grad_norm, "full_tensor"):  # FSDP2: its pieces lie on all processes
+        grad_norm = grad_norm.full_tensor()
+    reported = [*sums, torch.as_tensor(grad_norm, device=device), accelerator.gather(ratio_dev).max()]
+    loss, clip_frac, kl, grad_norm, ratio_dev = torch.stack(reported).tolist()
+    if not all(map(math.isfinite, (loss, clip_frac, kl, grad_norm))):
+        raise NonFinite(f"the loss ({loss}) or its gradient norm ({grad_norm}) is not finite")
     optimizer.step()
 
-    stats = {"loss": sums[0], "ratio_dev": accelerator.gather(ratio_dev).max(), "grad_norm": grad_norm}
-    stats |= {"clip_frac": sums[1] / accelerator.num_processes} | ({"kl": sums[2]} if args.kl else {})
-    if ratio is None:
-        del stats["ratio_dev"], stats["clip_frac"]
-    return {name: float(value) for name, value in stats.items()}
+    stats = {"loss": loss} | ({} if ratio is None else {"ratio_dev": ratio_dev}) | {"grad_norm": grad_norm}
+    return (
+        stats
+        | ({} if ratio is None else {"clip_frac": clip_frac / accelerator.num_processes})
+        | ({"kl": kl} if args.kl else {})
+    )

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,28 @@ def score(run: Run, latents: Tensor, pictures: Tensor, prompts: list[str]) -> di
     return scores
 
 
+@contextmanager
+def averaged(run: Run):
+    """The policy with the EMA weights, where EMA is on: trained and averaged weights change places, and change back.
+
+    One weight at a time, on the device, so that it takes the memory of one weight more. EMAModel's own `store` copies
+    all of them to the CPU, 48 GB for the whole of FLUX.1-dev, at every evaluation.
+    """
+    pairs = list(zip(run.policy.trainable(), run.ema.shadow_params)) if run.ema else []
+
+    def exchange() -> None:
+        for trained, average in pairs:
+            before = trained.detach().clone()
+            trained.data.copy_(average)
+            average.data.copy_(before)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
 @torch.no_grad()
 def generate(run: Run, numbers: range) -> tuple[list[str], dict[str, Tensor], Tensor]:
     """Held-out pairs of these numbers, by the ODE, with the EMA weights where EMA is on.
@@ -88,13 +111,9 @@ def generate(run: Run, numbers: range) -> tuple[list[str], dict[str, Tensor], Te
     noise = torch.stack([torch.randn(run.policy.latent_shape, generator=g) for g in generators(EVAL_KEY, 0, numbers)])
 
     # The averaged weights take the place of the trained ones for the walk, and give it back.
-    if run.ema:
-        run.ema.store(run.policy.trainable())
-        run.ema.copy_to(run.policy.trainable())
     cond = run.policy.encode(prompts)
-    latents = sample_ode(run.policy, cond, run.sampler(), noise.to(acc.device), args.micro_batch)
-    if run.ema:
-        run.ema.restore(run.policy.trainable())
+    with averaged(run):
+        latents = sample_ode(run.policy, cond, run.sampler(), noise.to(acc.device), args.micro_batch)
 
     pictures = run.policy.decode(latents)
     return prompts, score(run, latents, pictures, prompts), pictures
@@ -165,9 +184,7 @@ def minibatches(run: Run, iteration: int, rows_of, prompts: int) -> list[Rows]:
     """
     args = run.args
     if args.updates_by == "prompts":
-        return [
-            rows_of(subset) for subset in torch.arange(prompts).chunk(args.updates)
-        ]  # launch.py: they divide evenly
+        return [rows_of(subset) for subset in torch.arange(prompts).chunk(args.updates)]  # launch.py: they divide
     seed = [args.seed, iteration, 3, run.accelerator.process_index]  # 3: this stream; schedules have 1, prompts 2
     return split_parents(rows_of(torch.arange(prompts)), args.updates, seed)
 
@@ -251,7 +268,11 @@ def rollout_metrics(
     Also notes which of the prompts `drawn`, those of all processes, taught nothing.
     """
     args, acc = run.args, run.accelerator
-    rewards = acc.gather(leaf_rewards.to(acc.device))  # (P of all processes, leaves)
+
+    # The weighted reward and each score by itself, gathered from all processes, and brought to the host, once.
+    own = torch.stack([leaf_rewards.flatten(), *(s.flatten() for s in scores.values())], 1)  # (P leaves, 1 + scores)
+    weighted, *single = acc.gather(own.to(acc.device)).cpu().t().contiguous()
+    rewards = weighted.view(-1, forest.leaves)  # (P of all processes, leaves)
     spread = rewards.std(1, correction=0)
 
     # Gathered rewards stand process by process, and process r owns the slots r, r + R, ...
@@ -266,8 +287,8 @@ def rollout_metrics(
         "leaves": forest.leaves,
         "peak_gib": peak_gib(acc.device),
     }
-    metrics |= {f"variance_step_{i}": v for i, v in split_variance(rewards.cpu(), forest).items()}
-    return metrics | {f"reward_{name}": acc.gather(s.to(acc.device)).mean().item() for name, s in scores.items()}
+    metrics |= {f"variance_step_{i}": v for i, v in split_variance(rewards, forest).items()}
+    return metrics | {f"reward_{name}": s.mean().item() for name, s in zip(scores, single)}
 
 
 # ------------------------------------------------------------------------------------------------------------- training

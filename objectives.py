@@ -48,8 +48,11 @@ from branchgrpo import (
     clipped_loss,
     flatten_edges,
     micro_batches,
+    moved,
+    rows_chosen,
     surrogate,
     take_cond,
+    take_rows,
 )
 from tree import Forest, count
 
@@ -112,13 +115,13 @@ def split_points(
 
         # A node is trained if one of its edges is kept.
         trained = keep[i][prompts].unflatten(1, (forest.sizes[i], -1)).any(2)  # (p, n_i)
-        node, n = trained.to(x0.device), int(trained.sum())
-        columns["x"].append(out.latents[i][prompts][node])  # (N_i, *latent)
+        node, n = rows_chosen(trained, prompts), int(trained.sum())
+        columns["x"].append(take_rows(out.latents[i], node))  # (N_i, *latent)
         columns["prompt"].append(prompts[trained.nonzero()[:, 0]])
         columns["step"].append(torch.full((n,), i))
-        columns["pull"].append(pull[node])
+        columns["pull"].append(take_rows(pull, rows_chosen(trained, torch.arange(len(prompts)))))
         columns["weight"].append(torch.full((n,), step_weight[i] if step_weight else 1.0))
-    return Points(**{name: torch.cat(tensors).to(ends.device) for name, tensors in columns.items()})
+    return Points(**{name: moved(torch.cat(tensors), ends.device) for name, tensors in columns.items()})
 
 
 def endpoint(
@@ -136,7 +139,7 @@ def endpoint(
     Args:
         clip: not used. The others, and what is returned: see `branchgrpo.surrogate`; there are no ratios.
     """
-    cond, sigma = take_cond(cond, points.prompt), sampler.sigmas.to(points.x)[points.step]  # (N,)
+    cond, sigma = take_cond(cond, points.prompt), sampler.levels(points.x)[points.step]  # (N,)
     v = policy.velocity(points.x, sigma, cond)
     x0hat = points.x - sigma.view(-1, *[1] * (v.ndim - 1)) * v
     loss = -(points.pull * x0hat).flatten(1).mean(1)  # (N,)

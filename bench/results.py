@@ -5,7 +5,7 @@ python bench/results.py --check      # exit code 1 if RESULTS.md is not what the
 
 1. CLAIMS     the paper's claims; each verdict follows from an interval of the JSON by the rules that RESULTS.md prints
 2. SECTIONS   one function per benchmark: from its JSON document to a finding in one sentence, tables and notes
-3. GPU        what needs a GPU: one script that measures it, and a row per figure
+3. GPU        what needs a GPU: one script that measures it, a row per figure, and what bench/gpu.py measured on a card
 4. APPENDIX   columns that few readers need, with every measured number
 
 Numbers are read from the JSON. Written out here are only the paper's figures and the words around the numbers, and
@@ -822,7 +822,92 @@ def on_gpus() -> str:
         " `--flags`. The paper's repository and its text print different figures of ImageReward; both are shown."
     )
     text = [table(["figure", "paper", "ours"], rows), paragraph(before), code_block(lines), paragraph(after)]
-    return "\n\n".join(text)
+    return "\n\n".join([*text, *map(on_card, cards())])
+
+
+# What bench/gpu.py measures beside scripts and methods: step -> its rows of figure, bound or None, and what is shown.
+OF_A_CARD = {
+    "ratios": lambda values: (
+        [
+            [f"max abs(ratio - 1), bf16, unchanged policy, micro-batch {b}", None, f"{v['ratio_dev']:.2g}"]
+            for b, v in values.items()
+        ]
+        + [["fraction of those ratios that is clipped", "0", f"{max(v['clip_frac'] for v in values.values()):g}"]]
+    ),
+    "over_bare_calls": lambda values: [
+        [f"{name}, over its bare calls", bound, ", ".join(f"{v[key]:.2f}" for v in values.values())]
+        for name, key, bound in (("rollout", "rollout", "at most 1.10"), ("training", "train", "at most 1.15"))
+    ],
+    "micro_batches": lambda values: [
+        [f"seconds per row at micro-batch {b}: forward, with backward", None, f"{f / b:.4f}, {t / b:.4f}"]
+        for b, f, t in zip(values["batch"], values["forward"], values["trained"])
+    ],
+    "resume": lambda values: [
+        [
+            "largest difference of a resumed run's metrics",
+            "0",
+            f"{values['largest_difference']:g}" + f" ({values['of']})" * (not values["equal"]),
+        ]
+    ],
+    "demo": lambda values: [
+        [
+            "`python train_image.py`: seconds and iterations until 65 % of the words are exact",
+            None,
+            f"{values['seconds']:.0f}, {values['iterations']}" + " (not reached)" * (not values["reached"]),
+        ]
+    ],
+    "tests": lambda values: [["`pytest -m gpu`", None, values["summary"]]],
+}
+
+
+def cards() -> list[dict]:
+    """The documents of bench/gpu.py, one per card."""
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob("gpu_*.json"))]
+
+
+def on_card(d: dict) -> str:
+    """What bench/gpu.py measured on a card with random weights; a step that did not end is named with its reason."""
+    steps = {name: entry["values"] for name, entry in d["steps"].items() if entry["values"]}
+    text = [f"### {d['card']}, random weights", code_block([d["command"]])]
+    text += [
+        paragraph(
+            "The architectures of FLUX.1-dev and Wan2.1-T2V-1.3B at true size with random weights, and small text"
+            " encoders. Memory, seconds and rounding hardly depend on the weights; rewards do, and are not shown. One"
+            " iteration each, so there are no intervals."
+        )
+    ]
+
+    # Scripts beside their plan. The plan assumes a fraction of the card's peak rate.
+    def beside(values: dict, planned, measured) -> str:
+        return f"{planned(values['plan']):.2f}, {measured(values):.2f}"
+
+    rows = [
+        [f"`configs/{name}.sh`", beside(v, lambda p: p["peak_gib"], lambda v: v["peak_gib"])]
+        + [beside(v, lambda p, k=k: p[k], lambda v, k=k: v["seconds"][k]) for k in ("rollout", "training")]
+        + [f"{v['seconds']['optimiser']:.2f}"]
+        for name, v in steps.items()
+        if "peak_gib" in v
+    ]
+    if rows:
+        head = ["script, one prompt per iteration", "peak GiB: planned, measured", "rollout, s: planned, measured"]
+        text += [table([*head, "training, s: planned, measured", "optimiser, s"], rows)]
+
+    # Table 1. The paper's seconds are those of its own table, over the same row.
+    paper = (loaded("timing") or {}).get("paper_seconds", {})
+    rows = [
+        [shown(name), paper[name] / paper["sequential DanceGRPO"] if name in paper else None]
+        + [v["ratio_counted"], v["ratio_planned"], v["ratio"]]
+        for name, v in steps.get("table", {}).items()
+        if "ratio" in v
+    ]
+    if rows:
+        head = ["FLUX.1-dev, 256 x 256: rollout and training time over sequential DanceGRPO's", "paper", "counted"]
+        text += [table([*head, "from single calls", "measured"], rows)]
+
+    rows = [row for name, show in OF_A_CARD.items() if name in steps for row in show(steps[name])]
+    text += [table(["figure", "bound", "measured"], rows)] * bool(rows)
+    ended = [f"`{name}`: {e['status']} ({e['why']})." for name, e in d["steps"].items() if "why" in e]
+    return "\n\n".join([*text, *[bullets(ended)] * bool(ended)])
 
 
 # --------------------------------------------------------------------------------------------------------- the claims
@@ -1149,6 +1234,13 @@ TERMS = [
 ]
 
 
+def head() -> list[str]:
+    """The limits of these figures; which cards were measured, where any was."""
+    measured = ", ".join(d["card"] for d in cards())
+    there = f".** Random weights of their size were, on {measured}: see [What needs a GPU](#what-needs-a-gpu)."
+    return [text.replace(", because no GPU was available.**", there) if measured else text for text in HEAD]
+
+
 def section(name: str) -> str:
     """One benchmark: heading, command, finding, tables, notes, figure."""
     title, command, show = SECTIONS[name]
@@ -1171,7 +1263,7 @@ def appendix(name: str) -> str:
 def document() -> str:
     """RESULTS.md."""
     # What a reader looks for first: the limits of these figures, then the verdicts.
-    parts = ["# Results", *map(paragraph, HEAD), "## What the paper claims, and what we measured", claims()]
+    parts = ["# Results", *map(paragraph, head()), "## What the paper claims, and what we measured", claims()]
     parts += [bullets(RULES), "## Terms", bullets(TERMS)]
 
     # The benchmarks, what is missing, and what few readers need.

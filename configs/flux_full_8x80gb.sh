@@ -3,8 +3,8 @@
 # an EMA of 0.995 and 300 iterations.
 # It departs from the paper: one optimiser step per iteration, where the published code takes about 37
 # (--updates 37 --updates-by parents comes near it), and 8 prompts per iteration, one for each GPU of eight, not 16.
-# Memory: 43.65 GiB of 74.5, by `GPUS=1 sh configs/flux_full_8x80gb.sh --plan flux1-dev --gpu h100 --gpus 8`.
-# Sum: trained weights 5.54, reward models 4.51, VAE 0.16, blocks gathered 3.16, gradients 5.54, AdamW 16.63, EMA 5.54,
+# Memory: 38.11 GiB of 74.5, by `GPUS=1 sh configs/flux_full_8x80gb.sh --plan flux1-dev --gpu h100 --gpus 8`.
+# Sum: trained weights 5.54, reward models 4.51, VAE 0.16, blocks gathered 3.16, gradients 5.54, AdamW 11.08, EMA 5.54,
 #   activations 2.57
 # Each host also needs 270 GB of memory while the model loads: every one of its eight processes reads 24 GB of
 # transformer and 10 GB of T5. A checkpoint takes 240 GB of disk. With --keep 2 there are three of them while one is

@@ -4,9 +4,9 @@
 # It departs from the paper: one optimiser step per iteration, where the published code takes about 37
 # (--updates 37 --updates-by parents comes near it).
 # The folder of --out must be one that all nodes share, since every process writes its pieces of a checkpoint there.
-# Memory: 27.02 GiB of 74.5, by `GPUS=1 NODES=1 HEAD=localhost:0 sh configs/flux_full_nodes.sh
+# Memory: 24.25 GiB of 74.5, by `GPUS=1 NODES=1 HEAD=localhost:0 sh configs/flux_full_nodes.sh
 #   --plan flux1-dev --gpu h100 --gpus 16`.
-# Sum: trained weights 2.77, reward models 4.51, VAE 0.16, blocks gathered 3.16, gradients 2.77, AdamW 8.31, EMA 2.77,
+# Sum: trained weights 2.77, reward models 4.51, VAE 0.16, blocks gathered 3.16, gradients 2.77, AdamW 5.54, EMA 2.77,
 #   activations 2.57
 # Each host also needs 270 GB of memory while the model loads: every one of its eight processes reads 24 GB of
 # transformer and 10 GB of T5. A checkpoint takes 240 GB of disk. With --keep 2 there are three of them while one is

@@ -25,9 +25,11 @@ from branchgrpo import (
     prune,
     repeat_cond,
     rollout,
+    rows_chosen,
     sample_ode,
     split_parents,
     surrogate,
+    take_rows,
     update,
 )
 from schedules import schedule_of
@@ -306,6 +308,13 @@ def test_one_call_a_depth_for_all_prompts_and_nodes():
     assert policy.calls == [3, 6, 6, 12, 12]
     policy, _ = rolled(*case(), micro_batch=5)
     assert policy.calls == [3, 5, 1, 5, 1, 5, 5, 2, 5, 5, 2]
+
+
+def test_chosen_rows_by_hand():
+    """Prompts 0 and 2 of three, three nodes each: the indices of their chosen nodes among all nine, and the nodes."""
+    rows = rows_chosen(torch.tensor([[1, 0, 0], [0, 1, 1]]).bool(), torch.tensor([0, 2]))
+    assert rows.tolist() == [0, 7, 8]
+    assert take_rows(10 * torch.arange(9).view(3, 3), rows).tolist() == [0, 70, 80]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 6, 100])

@@ -560,17 +560,16 @@ def autocast_of_cuda() -> dict:
 # ------------------------------------------------------------------------------------------------------------ 3. faults
 # File, a text that stands in it exactly once, a wrong text, flags that reach it. On the CPU all of them do nothing.
 FAULTS = [
-    ("branchgrpo", "sigmas = self.sigmas.to(x.device, x.dtype)\n", "sigmas = self.sigmas.to(x.dtype)\n", ""),
-    ("branchgrpo", "for g in rng]).to(device)  # (P, n_0, *latent)", "for g in rng])", ""),
+    ("branchgrpo", "= self.sigmas.to(like)", "= self.sigmas.to(like.dtype)", ""),
+    ("branchgrpo", "for g in rng]), device)  # (P, n_0, *latent)", 'for g in rng]), "cpu")', ""),
     (
         "branchgrpo",
         "torch.randn(forest.roots, *shape, generator=g)",
         "torch.randn(forest.roots, *shape, generator=g, device=device)",
         "",
     ),
-    ("branchgrpo", "sampler.s, g) for g in rng]).to(device)", "sampler.s, g) for g in rng])", ""),
-    ("branchgrpo", "fuse(rewards.to(out.logp_mean[0].device)", "fuse(rewards", ""),
-    ("branchgrpo", "[level.cpu() for level in fused]", "fused", "--method branchgrpo --size-prune 0.5"),
+    ("branchgrpo", "std * moved(noise, device)", "std * noise", ""),
+    ("branchgrpo", "torch.cat(self.logp_mean, 1).cpu()", "torch.cat(self.logp_mean, 1)", ""),
     ("branchgrpo", "torch.zeros(latents.shape[:2], device=device)", "torch.zeros(latents.shape[:2])", ""),
     (
         "branchgrpo",
@@ -578,10 +577,10 @@ FAULTS = [
         "torch.zeros(len(mean))",
         "--method branchgrpo-mix --mix 0 --splits 0,2",
     ),
-    ("branchgrpo", "[rows.start, rows.stop], device=batch.parent.device)", "[rows.start, rows.stop])", ""),
+    ("branchgrpo", "moved(torch.tensor([*starts, n]), batch.parent.device)", "torch.tensor([*starts, n])", ""),
     (
         "branchgrpo",
-        "name: value.to(device) for name, value in fields",
+        "name: moved(value, device) for name, value in fields",
         "name: value for name, value in fields",
         "--tree-offload",
     ),
@@ -593,8 +592,7 @@ FAULTS = [
     ),
     ("branchgrpo", "torch.zeros(3, device=device)  # loss", "torch.zeros(3)  # loss", ""),
     ("branchgrpo", "kl = torch.zeros((), device=device) if kl", "kl = torch.zeros(()) if kl", ""),
-    ("branchgrpo", "return {name: float(value) for name, value in stats.items()}", "return stats", ""),
-    ("branchgrpo", "sampler.sigmas.to(mean)[edges.step]", "sampler.sigmas.float()[edges.step]", "--kl 0.1"),
+    ("branchgrpo", "sampler.levels(mean)[edges.step]", "sampler.sigmas.float()[edges.step]", "--kl 0.1"),
     (
         "branchgrpo",
         "x.to(edges.logp_old.device) for x in logp",
@@ -610,7 +608,7 @@ FAULTS = [
     ("objectives", "values[prompts].to(ends)", "values[prompts]", "--objective endpoint"),
     (
         "objectives",
-        "sampler.sigmas.to(points.x)[points.step]",
+        "sampler.levels(points.x)[points.step]",
         "sampler.sigmas.float()[points.step]",
         "--objective endpoint",
     ),
@@ -688,7 +686,9 @@ def fault_case(i: int) -> dict:
 ITERATION = "--steps 20 --leaves 16 --prompts-per-iteration 2 --micro-batch 4 --lora 8"
 
 
-MOST = {"host to device": 536, "device to host": 25, "read": 64}  # how often it may wait, by kind
+# How often it may wait, by kind, however many nodes and micro-batches it has. 5 of the 8 ways to the device and 2 of
+# the 6 back are those of prompts that were never encoded before. Queued copies do not wait: noise, indices.
+MOST = {"host to device": 8, "device to host": 6, "read": 5, "host to device, queued": 23}
 
 
 def waits(flags: str = ITERATION, warm: bool = False) -> dict:
@@ -728,6 +728,7 @@ CALLS |= {"whole, video": ("whole_runs", (True, [(GPU, GPU)]))}
 CALLS |= {"autocast of CUDA": ("autocast_of_cuda", ())}
 CALLS |= {f"fault {i}: {fault[0]}": ("fault_case", (i,)) for i, fault in enumerate(FAULTS)}
 CALLS |= {"waits": ("waits", ()), "waits twice": ("waits_twice", ())}
+CALLS |= {"waits, one node at a time": ("waits", (ITERATION.replace("--micro-batch 4", "--micro-batch 1"),))}
 
 
 def worker(cases: list[str]) -> None:
@@ -762,7 +763,7 @@ def worker(cases: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------ the tests
 IN_SUITE = {"run width and depth", "run endpoint", "run tree-offload, elbo", "run bf16, short"}
 IN_SUITE |= {"run video, guided", "run scorers", "whole", "waits"} | {f"rule {name[5:]}" for name in RULES}
-IN_SUITE |= {case for case in CALLS if case.split(":")[0] in ("fault 0", "fault 2", "fault 13", "fault 22", "fault 24")}
+IN_SUITE |= {case for case in CALLS if case.split(":")[0] in ("fault 0", "fault 2", "fault 15", "fault 18", "fault 22")}
 
 
 def parameters(*starts: str) -> list:

@@ -4,8 +4,11 @@ The same noise gives the same pictures. LoRA, reference, bf16, 4 bits, compilati
 promise, and a checkpoint that does not fit is refused in one sentence.
 """
 
+import importlib
 import json
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +26,10 @@ from diffusers.models.transformers import transformer_flux, transformer_wan
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import gpu
+
 import loop
 from branchgrpo import (
     Sampler,
@@ -36,7 +43,7 @@ from branchgrpo import (
     take_cond,
     update,
 )
-from models import FluxPolicy, WanPolicy
+from models import FluxPolicy, WanPolicy, on_the_cpu
 from policy import load_pipeline
 from sde import sigma_schedule
 from tiny.make_tiny_flux import build
@@ -373,13 +380,37 @@ def test_compiled_blocks_give_the_same_velocities_and_gradients(folder):
         assert (with_compile - plain).norm() < 1e-5 * plain.norm()
 
 
-@pytest.mark.gpu
-def test_four_bits_train_a_lora(folder):
-    """NF4: velocities near those of float32, gradients in the LoRA alone. diffusers packs weights on GPUs only."""
-    pytest.importorskip("bitsandbytes")
-    plain, packed = load(folder, device="cuda"), load(folder, nf4=True, lora=4, dtype=torch.bfloat16, device="cuda")
-    x = torch.randn(3, *plain.latent_shape, generator=torch.Generator().manual_seed(3)).cuda()
-    sigma, cond = torch.tensor([0.9, 0.5, 0.1]).cuda(), plain.encode(PROMPTS)
+def test_parts_are_decoded_into_one_tensor():
+    """Five latents, two at a time: parts of 2, 2 and 1, in their order."""
+    sizes = []
+
+    def decode(x):
+        sizes.append(len(x))
+        return x.unsqueeze(1) * 10
+
+    pictures = on_the_cpu(decode, torch.arange(5.0), 2)
+    assert sizes == [2, 2, 1] and pictures.tolist() == [[0.0], [10.0], [20.0], [30.0], [40.0]]
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
+)
+def test_four_bits_train_a_lora(folder, device, monkeypatch):
+    """NF4: velocities near those of float32, gradients in the LoRA alone.
+
+    diffusers packs weights on GPUs only; bitsandbytes can on the CPU too. There its two questions for a GPU are
+    answered in its place, and packing, unpacking and gradients are the library's own.
+    """
+    pytest.importorskip("bitsandbytes", reason="make slow installs it")
+    if device == "cpu":
+        quantizer = importlib.import_module("diffusers.quantizers.bitsandbytes").BnB4BitDiffusersQuantizer
+        monkeypatch.setattr(quantizer, "validate_environment", lambda *_, **__: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda *_: {"": "cpu"})
+
+    plain, packed = load(folder, device=device), load(folder, nf4=True, lora=4, dtype=torch.bfloat16, device=device)
+    assert any(p.dtype == torch.uint8 for p in packed.transformer.parameters())
+    x = torch.randn(3, *plain.latent_shape, generator=torch.Generator().manual_seed(3)).to(device)
+    sigma, cond = torch.tensor([0.9, 0.5, 0.1], device=device), plain.encode(PROMPTS)
     v, v_plain = packed.velocity(x, sigma, packed.encode(PROMPTS)), plain.velocity(x, sigma, cond)
     assert 0 < (v - v_plain).norm() < 0.3 * v_plain.norm()
     v.square().sum().backward()
@@ -405,14 +436,9 @@ def test_flux_1_dev_at_full_width(capsys):
     """FLUX.1-dev's config with one block of each kind, random weights: a tree and a LoRA update on the CPU.
 
     Text encoders and VAE are stand-ins, of the true widths where the transformer meets them, with FLUX.1-dev's own
-    constants of the normalisation.
+    constants of the normalisation: those of bench/gpu.py.
     """
-    pipe = build()
-    pipe.vae.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
-    pipe.text_encoder.config.hidden_size, pipe.text_encoder_2.config.d_model = 768, 4096
-    pipe.text_encoder = type(pipe.text_encoder)(pipe.text_encoder.config)
-    pipe.text_encoder_2 = type(pipe.text_encoder_2)(pipe.text_encoder_2.config)
-    pipe.transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    pipe = gpu.stand_in(FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True))
     policy = FluxPolicy(pipe, 128, 128, lora=8, checkpointing=True)
     cond = policy.encode(PROMPTS[:1])
     assert cond["states"].shape[2] == 4096 and cond["pooled"].shape == (1, 768)

@@ -500,6 +500,14 @@ def test_the_average_of_weights_has_the_decay_it_was_given(tmp_path):
         want = 0.9 * want + 0.1 * value
     torch.testing.assert_close(run.ema.shadow_params[0], torch.full_like(weights[0], want).data)
 
+    # For an evaluation the two change places, and change back whatever happens in it.
+    trained = [w.detach().clone() for w in weights]
+    average = [w.clone() for w in run.ema.shadow_params]
+    with suppress(ZeroDivisionError), loop.averaged(run):
+        assert all(map(torch.equal, weights, average)) and all(map(torch.equal, run.ema.shadow_params, trained))
+        raise ZeroDivisionError
+    assert all(map(torch.equal, weights, trained)) and all(map(torch.equal, run.ema.shadow_params, average))
+
 
 def test_an_error_of_a_library_keeps_its_traceback():
     """Ours are one sentence; where another's happened must not be lost."""

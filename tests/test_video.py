@@ -9,6 +9,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,11 +234,13 @@ def test_both_scripts_train_on_a_gpu(script, flags, tmp_path, capsys):
     small = f"--leaves 4 --prompts-per-iteration 2 --eval-size 4 --iterations 2 {flags}".split()
     every = ["--device", "cuda", "--dtype", "bf16", "--gradient-checkpointing", "--vae-tiling"]
     every += ["--text-offload", "--tree-offload"]
+    AcceleratorState._reset_state(reset_partial_state=True)
     script.main([*small, *every, "--out", str(tmp_path / "a")])
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert all(row["ratio_dev"] < 1e-3 and row["clip_frac"] == 0 for row in rows[1:])
     document = {}
     for device in ("cuda", "cpu"):
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps the first device of a process
         script.main([*small, "--device", device, "--iterations", "0", "--out", str(tmp_path / device)])
         document[device] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["cuda"]["reward_before"] == pytest.approx(document["cpu"]["reward_before"], abs=0.02)
