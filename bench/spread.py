@@ -20,18 +20,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diversity import KEY, distances, ocr_features, pixel_features
-from equal_time import STAR, TREE
+from equal_time import ARMS as TIMED
 from tqdm import tqdm
 
 import loop
 from branchgrpo import generators, sample_ode
 
-ARMS = {  # name -> flags; the rates are those that equal_time.py chose for most of them
-    "Eq. 5, tree": TREE,
-    "endpoint, star": f"{STAR} --objective endpoint",
-    "endpoint, tree": f"{TREE} --objective endpoint",
-    "elbo, ODE": "--method ode --flash 4 --objective elbo",
-    "nft, ODE": "--method ode --flash 4 --objective nft",
+ARMS = {  # name -> flags, those of equal_time.py
+    "Eq. 5, tree": TIMED["Mix, noise at the splits, flash"],
+    "endpoint, star": TIMED["endpoint, star at a random step"],
+    **{arm: TIMED[arm] for arm in ("endpoint, tree", "elbo, ODE", "nft, ODE")},
 }
 
 

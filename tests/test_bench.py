@@ -29,7 +29,15 @@ import train_image  # noqa: E402
 import train_video  # noqa: E402
 
 QUICK = ("nfe", "timing", "evaluate", "diversity", "gradient", "early")
-LONG = ("overhead", "alignment", "ablation", "scaling", "equal_time", "speedrun")  # they train, up to minutes each
+LONG = (
+    "overhead",
+    "alignment",
+    "ablation",
+    "scaling",
+    "equal_time",
+    "speedrun",
+    "spread",
+)  # they train, up to minutes each
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LONG)])
