@@ -28,8 +28,9 @@ import timing  # noqa: E402
 import train_image  # noqa: E402
 import train_video  # noqa: E402
 
-QUICK = ("nfe", "timing", "evaluate", "diversity", "gradient", "early")
+QUICK = ("nfe", "timing", "evaluate", "diversity", "early")
 LONG = (
+    "gradient",
     "overhead",
     "alignment",
     "ablation",
