@@ -584,7 +584,8 @@ def update(
     n_rows, n_terms = len(batch.x), len(batch.weight)
 
     # The divisors of both means. Forests are regular, so all processes hold equally many rows, and either all train
-    # or none does. The reduction comes before the return, since it waits for every process.
+    # or none does. The reduction comes before the return, since it waits for every process; and the host waits for the
+    # device here, to know whether there is anything to train.
     total = torch.stack([batch.weight.sum(), torch.full((), float(n_rows), device=batch.weight.device)])
     total_weight, total_rows = accelerator.reduce(moved(total, device), "sum")
     if not total_weight:  # on every process alike: a window may leave nothing to train

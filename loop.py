@@ -278,7 +278,8 @@ def rollout_metrics(
     # Gathered rewards stand process by process, and process r owns the slots r, r + R, ...
     by_process = [prompt for rank in range(acc.num_processes) for prompt in drawn[rank :: acc.num_processes]]
     count_silent(run.silent, by_process, (spread >= EQUAL).tolist())
-    listening = effective_leaves(out.path_logp(forest), forest, args.fusion_beta)  # (P, roots) of this process
+    # Once more for a tensor of another shape: (P, roots) of this process.
+    listening = effective_leaves(out.path_logp(forest), forest, args.fusion_beta)
     metrics = {
         "reward_mean": rewards.mean().item(),
         "reward_std": spread.mean().item(),
