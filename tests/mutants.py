@@ -187,7 +187,7 @@ def survives(name: str, right: str = "", wrong: str = "") -> bool:
     import pytest
 
     with tempfile.TemporaryDirectory() as folder:
-        for pattern in ("*.py", "*.md", "pyproject.toml", "tests/*.py", "tests/reference/*.*"):
+        for pattern in ("*.py", "*.md", "pyproject.toml", "bench/*.py", "tests/*.py", "tests/reference/*.*"):
             for path in ROOT.glob(pattern):
                 target = Path(folder) / path.relative_to(ROOT)
                 target.parent.mkdir(exist_ok=True, parents=True)
