@@ -686,7 +686,7 @@ def fault_case(i: int) -> dict:
 ITERATION = "--steps 20 --leaves 16 --prompts-per-iteration 2 --micro-batch 4 --lora 8"
 
 
-# How often it may wait, by kind, however many nodes and micro-batches it has. 5 of the 8 ways to the device and 2 of
+# How often it may wait, by kind, however many nodes and micro-batches it has. 3 of the 8 ways to the device and 2 of
 # the 6 back are those of prompts that were never encoded before. Queued copies do not wait: noise, indices.
 MOST = {"host to device": 8, "device to host": 6, "read": 5, "host to device, queued": 23}
 
