@@ -368,6 +368,17 @@ def method_rows(args, forward: Callable, trained: Callable) -> dict[str, tuple]:
     return rows
 
 
+def call_seconds(args) -> tuple[float, int]:
+    """What calls of one node cost: seconds of a forward, and how many forwards one with its backward takes."""
+    # One velocity of one node: its FLOPs over the rate that is reached.
+    arch, (rate, _) = ARCHITECTURES[args.plan], GPUS[args.gpu]
+    forward = arch.flops(arch.tokens(args)) * forwards_per_velocity(args) / (rate * args.utilisation)
+
+    # With backward, in forwards: 1, and 1 for the gradients of the activations, and 1 for those of the weights, of
+    # which a LoRA has hardly any. Checkpointing repeats the forward, and the KL term asks the reference model too.
+    return forward, (2 if args.lora else 3) + args.gradient_checkpointing + (args.kl > 0)
+
+
 def report(args) -> str:
     """What the command would cost, beside the methods of the paper's Table 1.
 
@@ -377,15 +388,10 @@ def report(args) -> str:
     if args.prompts_per_iteration % args.gpus:
         raise ValueError(f"--prompts-per-iteration must be a multiple of --gpus = {args.gpus}")
 
-    # One velocity of one node: its FLOPs over the rate that is reached.
     arch, (rate, _) = ARCHITECTURES[args.plan], GPUS[args.gpu]
     tokens, prompts = arch.tokens(args), args.prompts_per_iteration // args.gpus
     tflop = arch.flops(tokens) * forwards_per_velocity(args) / 1e12
-    seconds_per_forward = tflop * 1e12 / (rate * args.utilisation)
-
-    # With backward, in forwards: 1, and 1 for the gradients of the activations, and 1 for those of the weights, of
-    # which a LoRA has hardly any. Checkpointing repeats the forward, and the KL term asks the reference model too.
-    factor = (2 if args.lora else 3) + args.gradient_checkpointing + (args.kl > 0)
+    seconds_per_forward, factor = call_seconds(args)
     rows = method_rows(args, lambda b: seconds_per_forward * b, lambda b: factor * seconds_per_forward * b)
     lines = [
         f"{args.plan}: {arch.parameters / 1e9:.2f}B parameters, {tokens} tokens + {TEXT} of text,"

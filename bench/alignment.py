@@ -134,14 +134,11 @@ def seconds_to(c: dict, mark: float) -> float | None:
     The reward is the mean of the last three evaluations, so that a lucky one does not count, and linear between two
     evaluations: from 1.0 at 10 s to 2.0 at 20 s, a mark of 1.5 is reached at 15 s.
     """
-    reward = common.trailing(c["reward"])
-    for i in range(1, len(reward)):
-        a, b = reward[i - 1], reward[i]
-        if b >= mark:
-            # How far between the two evaluations the line crosses the mark; 0 where it starts above.
-            fraction = 0.0 if a >= mark else (mark - a) / (b - a)
-            return c["seconds"][i - 1] + fraction * (c["seconds"][i] - c["seconds"][i - 1])
-    return None
+    crossed = common.crossing(common.trailing(c["reward"]), mark)
+    if crossed is None:
+        return None
+    i, fraction = crossed
+    return c["seconds"][i - 1] + fraction * (c["seconds"][i] - c["seconds"][i - 1])
 
 
 def rungs(cells: int, iterations: int) -> list[tuple[int, int, int]]:

@@ -265,6 +265,18 @@ def trailing(rewards: list[float]) -> list[float]:
     return [float(np.mean(rewards[max(0, i - 2) : i + 1])) for i in range(len(rewards))]
 
 
+def crossing(values: list[float], mark: float) -> tuple[int, float] | None:
+    """Where a curve first reaches the mark: (i, w), between the values i - 1 and i, a fraction w of the way; else None.
+
+    Linear between two values: of 1.0 and 2.0 a mark of 1.5 is reached at (1, 0.5). A curve that starts above it gives
+    (1, 0.0).
+    """
+    for i, (a, b) in enumerate(zip(values, values[1:]), 1):
+        if b >= mark:
+            return i, 0.0 if a >= mark else (mark - a) / (b - a)
+    return None
+
+
 def final_reward(rows: list[dict]) -> float:
     """Return the mean of the last three held-out evaluations."""
     return trailing([row["heldout_reward"] for row in rows if "heldout_reward" in row])[-1]

@@ -201,18 +201,17 @@ def plan(flags: str, architecture: str, gpu: str) -> dict:
 
     The text encoders do not count: those of the random pipeline are small, and all scripts keep them on the CPU.
     """
-    figures = hardware.ARCHITECTURES[architecture]
-    planning = argparse.Namespace(video=figures.video, flags=f"--plan {architecture} --gpu {gpu}")
+    video = hardware.ARCHITECTURES[architecture].video
+    planning = argparse.Namespace(video=video, flags=f"--plan {architecture} --gpu {gpu}")
     options = common.job(planning, flags)[0]
 
-    # As in hardware.report: a LoRA's backward takes one forward, and checkpointing repeats it.
-    rate = hardware.GPUS[gpu][0] * options.utilisation
-    forward = figures.flops(figures.tokens(options)) * hardware.forwards_per_velocity(options) / rate
-    trained = ((2 if options.lora else 3) + options.gradient_checkpointing + (options.kl > 0)) * forward
-
     # Where calls of the other kind cost nothing, the seconds are those of one kind.
+    forward, factor = hardware.call_seconds(options)
     seconds = functools.partial(hardware.seconds, options, 0, options.prompts_per_iteration)
-    rollout, training = seconds(lambda b: forward * b, lambda b: 0), seconds(lambda b: 0, lambda b: trained * b)
+    rollout, training = (
+        seconds(lambda b: forward * b, lambda b: 0),
+        seconds(lambda b: 0, lambda b: factor * forward * b),
+    )
     memory = sum(hardware.memory(options, 1).values()) / hardware.GIB
     return {"rollout": rollout, "training": training, "peak_gib": memory, "gpu": gpu}
 

@@ -39,13 +39,12 @@ def reached(rows: list[dict], mark: float) -> dict | None:
         seconds += common.policy_seconds(row) if "seconds_rollout" in row else 0.0
         if "heldout_exact" in row:
             points.append((row["heldout_exact"], row["iteration"], units, seconds))
-    exact = common.trailing([p[0] for p in points])
-    for i in range(1, len(points)):
-        if exact[i] >= mark > exact[i - 1]:
-            fraction = (mark - exact[i - 1]) / (exact[i] - exact[i - 1])
-            before, after = np.array(points[i - 1][1:]), np.array(points[i][1:])
-            return dict(zip(("iterations", "units", "seconds"), (before + fraction * (after - before)).tolist()))
-    return None
+    crossed = common.crossing(common.trailing([p[0] for p in points]), mark)
+    if crossed is None:
+        return None
+    i, fraction = crossed
+    before, after = np.array(points[i - 1][1:]), np.array(points[i][1:])
+    return dict(zip(("iterations", "units", "seconds"), (before + fraction * (after - before)).tolist()))
 
 
 def draw(document: dict):

@@ -74,13 +74,12 @@ def learn(args, arm: str, seed: int, iterations: int, measured: int) -> list[dic
 
 def at_reward(rows: list[dict], mark: float) -> dict[str, float] | None:
     """Each spread over its start, where the reward, a mean of three, first reaches the mark; linear in between."""
-    reward = common.trailing([row["heldout_reward"] for row in rows])
-    for i in range(1, len(rows)):
-        if reward[i] >= mark > reward[i - 1]:
-            w = (mark - reward[i - 1]) / (reward[i] - reward[i - 1])
-            start, before, after = (rows[j]["spread"] for j in (0, i - 1, i))
-            return {k: ((1 - w) * before[k] + w * after[k]) / start[k] for k in start if start[k]}
-    return None
+    crossed = common.crossing(common.trailing([row["heldout_reward"] for row in rows]), mark)
+    if crossed is None:
+        return None
+    i, w = crossed
+    start, before, after = (rows[j]["spread"] for j in (0, i - 1, i))
+    return {k: ((1 - w) * before[k] + w * after[k]) / start[k] for k in start if start[k]}
 
 
 def draw(document: dict):
