@@ -79,7 +79,8 @@ def at_reward(rows: list[dict], mark: float) -> dict[str, float] | None:
         return None
     i, w = crossed
     start, before, after = (rows[j]["spread"] for j in (0, i - 1, i))
-    return {k: ((1 - w) * before[k] + w * after[k]) / start[k] for k in start if start[k]}
+    known = [k for k in start if start[k] and before[k] and after[k]]  # a prompt may have no two exact pictures
+    return {k: ((1 - w) * before[k] + w * after[k]) / start[k] for k in known}
 
 
 def draw(document: dict):
