@@ -238,6 +238,7 @@ def parser(description: str, video: bool = False) -> Parser:
     )
     add_tree_flags(group("tree"))
     add_credit_flags(group("steps"), group("credit and loss"))
+    add_reward_flags(group("rewards"))
     add_optimisation_flags(group("optimisation"))
     add_memory_flags(group("memory"))
 
@@ -340,7 +341,7 @@ def add_tree_flags(g) -> None:
 
 
 def add_credit_flags(steps, g) -> None:
-    """The kind of step; rewards, credit and loss."""
+    """The kind of step; credit and loss."""
     kinds = [kind for kind in STEPS if kind != "ode"]
     steps(
         "--sde",
@@ -356,13 +357,6 @@ def add_credit_flags(steps, g) -> None:
 
     g("--objective", choices=OBJECTIVES, default="surrogate", help="what is learnt from the leaves, see objectives.py")
     g("--noise-draws", type=COUNT, help="of elbo and nft: noised copies of every leaf; default: 2 (LAB.md)")
-    g("--reward", help=f"name:weight,... of {', '.join(REWARDS)}")
-    g("--reward-mix", choices=("reward", "advantage"), default="reward", help="what is summed, see loop.py")
-    g("--reward-weights", metavar="DIR", help="folder of preference models' REPOSITORY/FILE; default: the hub's cache")
-    g("--reward-dtype", choices=("fp32", "bf16"), default="fp32", help="of preference models")
-    g("--reward-batch", type=COUNT, default=32, help="pictures at a time in a preference model")
-    g("--reward-offload", action="store_true", help="preference models wait on the CPU between scorings")
-    g("--watch", default="auto", help="rewards to measure only; auto: ocr, colour, motion where all prompts allow")
     g("--fusion-beta", type=NOT_NEGATIVE, help="beta of Eq. 3; 0 is the plain mean")
     rules = "what an edge is compared with: the nodes of its depth (Eq. 4), the leaves as in GRPO, or its siblings"
     g("--advantage", choices=ADVANTAGES, default="depth", help=rules)
@@ -376,6 +370,17 @@ def add_credit_flags(steps, g) -> None:
         default=1.0,
         help="fraction of stochastic steps trained (DanceGRPO: 0.6, 1)",
     )
+
+
+def add_reward_flags(g) -> None:
+    """What the leaves are scored by, optimised or only watched, and how preference models are run."""
+    g("--reward", help=f"name:weight,... of {', '.join(REWARDS)}")
+    g("--reward-mix", choices=("reward", "advantage"), default="reward", help="what is summed, see loop.py")
+    g("--reward-weights", metavar="DIR", help="folder of preference models' REPOSITORY/FILE; default: the hub's cache")
+    g("--reward-dtype", choices=("fp32", "bf16"), default="fp32", help="of preference models")
+    g("--reward-batch", type=COUNT, default=32, help="pictures at a time in a preference model")
+    g("--reward-offload", action="store_true", help="preference models wait on the CPU between scorings")
+    g("--watch", default="auto", help="rewards to measure only; auto: ocr, colour, motion where all prompts allow")
 
 
 def add_optimisation_flags(g) -> None:
@@ -525,14 +530,7 @@ def check(args) -> None:
     Raises:
         ValueError: one sentence.
     """
-    if args.sde == "cps" and args.eta >= 1:
-        raise ValueError(f"--eta must lie between 0 and 1 for --sde cps, got {args.eta}")
-    if args.cps_density == "upstream" and args.sde != "cps":
-        raise ValueError(f"--cps-density upstream goes with --sde cps, not {args.sde}")
-    if args.updates_by == "prompts" and args.prompts_per_iteration % args.updates:
-        prompts = f"--prompts-per-iteration ({args.prompts_per_iteration})"
-        raise ValueError(f"--updates must divide {prompts}, or take --updates-by parents; got {args.updates}")
-
+    check_learning(args)
     weights = parse_weights(args.reward, "--reward")
     if not any(weights.values()):
         raise ValueError(f"--reward needs a reward with a weight other than 0, got {args.reward!r}")
@@ -549,6 +547,22 @@ def check(args) -> None:
         raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
     if args.nf4 and args.fsdp:
         raise ValueError("--nf4 does not go with --fsdp: packed weights cannot be split")
+
+
+def check_learning(args) -> None:
+    """What does not depend on the model: the steps' kind, the objective, the windows, the optimiser steps.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if args.sde == "cps" and args.eta >= 1:
+        raise ValueError(f"--eta must lie between 0 and 1 for --sde cps, got {args.eta}")
+    if args.cps_density == "upstream" and args.sde != "cps":
+        raise ValueError(f"--cps-density upstream goes with --sde cps, not {args.sde}")
+    if args.updates_by == "prompts" and args.prompts_per_iteration % args.updates:
+        prompts = f"--prompts-per-iteration ({args.prompts_per_iteration})"
+        raise ValueError(f"--updates must divide {prompts}, or take --updates-by parents; got {args.updates}")
+
     check_objective(args)
     forest = schedule_of(args, 0).forest
     first_end = forest.last_split + (args.depth_prune or 0)
