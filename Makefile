@@ -1,6 +1,7 @@
 # make demo   trains the embedded model and shows that it improved
 # make test   runs the tests;  make mutants  plants faults and expects the tests to notice each
 # make bench  measures RESULTS.md but for its video section (6 hours);  make bench-smoke  the same in seconds
+# make notebook  runs docs/branchgrpo.ipynb from the top, and keeps its outputs (a minute)
 # make gpu    measures this machine's GPU in 8 minutes, with nothing downloaded, into bench/results/gpu_CARD.json;
 #             make gpu ARGS=--dry-run  walks the same code on the CPU, small
 # make reference   proves the preference rewards equal to their official packages (6 GB, an environment of their own);
@@ -9,7 +10,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 VIDEOALIGN ?= runs/VideoAlign
 
-.PHONY: demo test slow mutants reference bench bench-smoke gpu lint
+.PHONY: demo test slow mutants reference bench bench-smoke notebook gpu lint
 demo: .venv
 	$(PY) train_image.py
 
@@ -36,6 +37,9 @@ bench: .venv
 
 bench-smoke: .venv
 	$(PY) bench/run.py --smoke
+
+notebook: .venv
+	.venv/bin/jupyter-execute --inplace docs/branchgrpo.ipynb
 
 gpu: .venv
 	$(PY) bench/gpu.py $(ARGS)

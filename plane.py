@@ -1,7 +1,7 @@
 """A policy in the plane: a model, data and a reward so small that the whole method can be drawn (toy.py).
 
-Idea: a picture is a point here. The data are eight Gaussians on a circle, the velocity is a small MLP, and the reward is
-high near one of the eight. To the files above this is a policy like FLUX or Wan, so rollout, credit, pruning,
+Idea: a picture is a point here. The data are eight Gaussians on a circle, the velocity is a small MLP, and the reward
+is high near one of the eight. To the other files this is a policy like FLUX or Wan, so rollout, credit, pruning,
 objectives, schedules and steps are theirs, and so are the flags, where they mean the same.
 
 1. Velocity, PlanePolicy   the MLP, and what a policy must offer (policy.py)

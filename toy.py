@@ -34,7 +34,7 @@ import loop
 import report
 from branchgrpo import NonFinite, generators, rollout
 from checkpoint import Run
-from disk import replacing
+from disk import check_writable, replacing
 from plane import CENTRES, NAMES, SPREAD, TEST_KEY, TREE_KEY, learn, near, parse, prepare
 from report import BLUE, GREEN, GREY, ORANGE, plt
 from schedules import schedule_of
@@ -227,7 +227,7 @@ def gradients(argv: list[str], trials: int = 100, rollouts: int = 64) -> dict:
             run.history.append(loop.iterate(run, i)[0])
             estimates.append(flat_gradient(run))
 
-        # The jackknife leaves out a tenth of the estimates at a time. The noise of a mean is that of one, over how many.
+        # The jackknife leaves out a tenth of the estimates at a time. One rollout is as many times as noisy as a mean.
         tenths = torch.stack(estimates).unflatten(0, (10, -1))  # (10, trials / 10, weights)
         noise, *cosines = compared(tenths.flatten(0, 1), known[noisy])
         left_out = [compared(tenths[torch.arange(10) != i].flatten(0, 1), known[noisy])[1:] for i in range(10)]
@@ -246,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse(argv)
         folder = Path(args.out)
+        check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if args.gradient:
             document = gradients([word for word in argv if word != "--gradient"])
@@ -261,6 +262,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def show(args, folder: Path) -> dict:
     """Train as the flags say, then the methods that it is compared with; draw toy.png and toy.gif."""
+    names = (
+        "method",
+        "sde",
+        "eta",
+        "objective",
+        "steps",
+        "leaves",
+        "iterations",
+        "prompts_per_iteration",
+        "lr",
+        "seed",
+    )
+    print(", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names), file=sys.stderr)
     run = prepare(args)
     stages = learn(run, every=max(1, args.iterations // 40), trees=True)
     curves = {args.method: stages}

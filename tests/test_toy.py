@@ -1,4 +1,4 @@
-"""The method in the plane: it learns with every objective, its gradients agree with the known one, its pictures are made.
+"""The method in the plane: it learns with every objective, its gradients agree with the known one, it draws.
 
 What is known here by other means: the share of the eight modes before training, and the gradient of the expected
 reward, differentiated through whole paths.
