@@ -237,7 +237,7 @@ def gradients(argv: list[str], trials: int = 100, rollouts: int = 64) -> dict:
         table[name] = row | {"cosine": list(zip(cosines, errors))}
         shown = "".join(f"{value:12.3f} ± {2 * error:.3f}" for value, error in table[name]["cosine"])
         print(f"{name:<36}{units:7.0f}{row['noise']:14.1f}{row['units_to_1']:12.0f}{shown}", flush=True)
-    return {"rollouts": trials * rollouts, "arms": table}
+    return {"command": "python toy.py --gradient", "rollouts": trials * rollouts, "arms": table}
 
 
 def main(argv: list[str] | None = None) -> None:
