@@ -44,7 +44,7 @@ from schedules import noise_sharing
 from sde import sigma_schedule
 
 WRITTEN = ("model", "metrics.jsonl", "before.safetensors", "curves.png", "tree.png")  # beside checkpoints
-WRITTEN += ("before_after.png", "before_after.mp4", "before_after.gif")
+WRITTEN += ("tree.html", "before_after.png", "before_after.mp4", "before_after.gif")
 
 
 @dataclass

@@ -3,10 +3,16 @@
 1. before_after.png  held-out prompts, the same noise, before and after training
 2. curves.png        training reward and spread, held-out scores, diagnostics, seconds, from metrics.jsonl alone
 3. tree.png          a real rollout: the clean estimate at every node, edges coloured by advantage, pruned edges dashed
+4. tree.html         the same rollout as a page to explore, which recomputes credit and pruning as its controls say
 
-Videos are drawn as strips of their frames, and played in before_after.mp4 and before_after.gif.
+Videos are drawn as strips of their frames, and played in before_after.mp4 and before_after.gif; in tree.html the leaves
+and the node that is selected play.
 """
 
+import base64
+import io
+import json
+import math
 import os
 import sys
 import textwrap
@@ -34,16 +40,17 @@ from schedules import kept_edges, schedule_of
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito: safe for colour-blind readers
 TREE_KEY = 2**31 + 1  # noise of the drawn tree
+TEMPLATE, PLACEHOLDER = Path(__file__).with_name("explore.html"), "@DATA@"  # the page, and where its data go
 
 
 def write(run) -> None:
-    """Write the model, where it was trained, into OUT/model, and the three pictures into the run's folder."""
+    """Write the model, where it was trained, into OUT/model, the pictures and the page into the run's folder."""
     # The model first, then the pictures, each by itself: one that fails costs neither the model nor the others.
     if run.iteration:
         run.policy.save(run.out / "model")
     attempt(compare, run)
     attempt(curves, run.history, run.out / "curves.png")
-    attempt(tree, run, run.out / "tree.png")
+    attempt(tree, run)
 
 
 def compare(run) -> None:
@@ -183,8 +190,8 @@ def curves(history: list[dict], path: Path) -> None:
     save(fig, path, 100)
 
 
-def tree(run, path: Path) -> None:
-    """Roll out the first held-out prompt's forest as in the last iteration, score it, and draw it with its credit."""
+def tree(run) -> None:
+    """Roll out the first held-out prompt's forest as in the last iteration and score it: tree.png, tree.html."""
     args, policy = run.args, run.policy
 
     # A rollout of its own, with noise that no training used; the clean estimate of every node is kept for its picture.
@@ -193,13 +200,24 @@ def tree(run, path: Path) -> None:
     noise = generators(TREE_KEY, 0, range(1))
     out = rollout(policy, policy.encode([prompt]), forest, sampler, noise, args.micro_batch, keep_x0hat=True)
 
-    # Credit and pruning as in training. Videos are large, so each is cut to a strip of frames as soon as it is decoded.
+    # Credit and pruning as in training.
     leaves = policy.decode(out.latents[-1][0])
     scores = R.score(run.rewards, leaves, [prompt] * forest.leaves)
-    pictures = [*(loop.strip(policy.decode(x[0])) for x in out.x0hat), loop.strip(leaves)]
     rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
     keep = kept_edges(args, schedule, ranking, advantages)
-    draw_tree(forest, pictures, [a[0] for a in advantages], [k[0] for k in keep], rewards[0], path)
+
+    # What each node shows. Videos are large, so a depth is made small as soon as it is decoded: a strip of frames for
+    # the picture, a small clip for the page.
+    strips, clips = [], []
+    for x in (*out.x0hat, None):
+        decoded = leaves if x is None else policy.decode(x[0])
+        strips.append(loop.strip(decoded))
+        clips.append(small_clips(decoded))
+
+    # One rollout, two views; if one of them fails, the other is still drawn.
+    credit = ([a[0] for a in advantages], [k[0] for k in keep], rewards[0])
+    attempt(draw_tree, forest, strips, *credit, run.out / "tree.png")
+    attempt(explore, run, schedule, prompt, out, scores, clips, run.out / "tree.html")
 
 
 def draw_tree(forest, pictures, advantages, keep, rewards, path: Path) -> None:
@@ -236,3 +254,77 @@ def draw_tree(forest, pictures, advantages, keep, rewards, path: Path) -> None:
     fig.colorbar(shade, ax=ax, label="advantage (Eq. 4)", fraction=0.02, pad=0.01)
     fig.tight_layout()
     save(fig, path, 80)
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+def small_clips(decoded: Tensor, picture: int = 128, frame: int = 64) -> Tensor:
+    """Pictures (n, 3, H, W), or videos (n, F, 3, H, W) of which at most 9 frames stay: (n, F, 3, h, w) on the CPU.
+
+    At most `picture` or `frame` pixels wide, by the mean over areas; smaller ones keep their pixels.
+    """
+    if decoded.ndim == 4:
+        clips, widest = decoded.unsqueeze(1), picture
+    else:
+        clips, widest = R.sampled_frames(decoded, min(9, decoded.shape[1])), frame
+
+    height, width = clips.shape[-2:]
+    if width > widest:
+        size = (max(1, round(height * widest / width)), widest)
+        clips = F.interpolate(clips.float().flatten(0, 1), size=size, mode="area").unflatten(0, clips.shape[:2])
+    return clips.detach().cpu()
+
+
+def data_uri(clip: Tensor) -> str:
+    """(F, 3, h, w) in [0, 1] -> its frames side by side as the text of a JPEG, which a page holds without a file."""
+    # Colour in full resolution: halved, as is usual in a JPEG, small red letters would blur.
+    image, buffer = Image.fromarray(to_image(torch.cat([*clip], -1))), io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def explore(run, schedule, prompt: str, out, scores: dict[str, Tensor], clips: list[Tensor], path: Path) -> None:
+    """explore.html filled with a rollout: one file that needs nothing else, and computes credit and pruning itself.
+
+    Args:
+        run: whose args, weights and iteration the page starts from.
+        schedule: of the rollout.
+        out: a Rollout of one prompt, whose log-probs count.
+        scores: (leaves,) by name, watched rewards among them.
+        clips: T+1 tensors (n_d, F, 3, h, w) from `small_clips`.
+    """
+    args, forest = run.args, schedule.forest
+    frames, _, height, width = clips[0].shape[1:]
+
+    # The rollout: what no control of the page changes. Numbers are written so that reading gives the same float64.
+    data = {
+        "prompt": prompt,
+        "about": f"{args.method} after iteration {run.iteration}",
+        "roots": forest.roots,
+        "children": forest.children,
+        "chosen": forest.chosen,
+        "sigmas": schedule.sigmas.tolist(),
+        "trained": sorted(schedule.trained_steps),
+        "logp": [level[0].tolist() for level in out.logp_mean],
+        "rewards": R.weighted_sum(scores, run.weights).tolist(),
+        "scores": {name: s.tolist() for name, s in scores.items()},
+        "weights": run.weights,
+        "clip": {"frames": frames, "height": height, "width": width},
+        "pictures": [[data_uri(clip) for clip in level] for level in clips],
+    }
+
+    # The run's own options, with which the page starts. JSON has no infinity: null is no clip, and no window.
+    data["run"] = {
+        "beta": args.fusion_beta,
+        "rule": args.advantage,
+        "clip": args.adv_clip if math.isfinite(args.adv_clip) else None,
+        "mix": args.reward_mix,
+        "width": args.width_prune,
+        "depth": schedule.depth_window,
+        "size": args.size_prune,
+    }
+
+    # A prompt may hold anything, "</script>" too, which would end the data: inside JSON "<" can be written as an
+    # escape, and then no text of the page can be taken for a tag.
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    with replacing(path) as unfinished:
+        unfinished.write_text(TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text), encoding="utf-8")

@@ -5,7 +5,7 @@ With no flag it takes the embedded default, a small real FLUX that draws coloure
 1. flags are checked and resolved (flags.py), the counts of the tree printed (tree.py)
 2. policy and rewards are loaded (models.py, rewards.py)
 3. held-out prompts are evaluated, the loop runs (loop.py, branchgrpo.py), held-out prompts are evaluated again
-4. pictures are written (report.py): before_after.png, curves.png, tree.png, and the trained model in OUT/model
+4. pictures are written (report.py): before_after.png, curves.png, tree.png, tree.html; the trained model in OUT/model
 
 Progress goes to stderr; the last line on stdout is one JSON document. Bad input is one sentence and exit code 2.
 """

@@ -530,7 +530,13 @@ def whole_runs(video: bool, plans: list[tuple[str, str]]) -> dict:
             rows, tensors = left(out)
             differences.append(largest_difference(rows, expected_rows))
             differences += [float((tensors[key] - value).abs().max()) for key, value in expected_tensors.items()]
-            for name in ("before_after.png", "curves.png", "tree.png", "model/pytorch_lora_weights.safetensors"):
+            for name in (
+                "before_after.png",
+                "curves.png",
+                "tree.png",
+                "tree.html",
+                "model/pytorch_lora_weights.safetensors",
+            ):
                 assert (out / name).stat().st_size > 1000, name
     return {"difference": max(differences)}
 

@@ -93,6 +93,7 @@ def test_what_a_run_leaves_behind(finished):
     out, _ = finished
     for name in ("before_after.png", "curves.png", "tree.png"):
         assert min(Image.open(out / name).size) > 200
+    assert (out / "tree.html").stat().st_size > 50_000
 
     # The model is a pipeline that diffusers loads.
     pipe = FluxPipeline.from_pretrained(out / "model")

@@ -159,7 +159,7 @@ def test_a_run_leaves_videos_and_pictures(wan, tmp_path, capsys):
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"motion_after", "colour_after", "temporal_after"} <= set(document)
     before_after = [f"before_after.{kind}" for kind in ("png", "mp4", "gif")]
-    for name in (*before_after, "curves.png", "tree.png", "model/model_index.json"):
+    for name in (*before_after, "curves.png", "tree.png", "tree.html", "model/model_index.json"):
         assert (tmp_path / "a" / name).stat().st_size > 500, name
     with Image.open(tmp_path / "a/before_after.gif") as gif:
         assert gif.n_frames == 5
