@@ -28,17 +28,9 @@ import timing  # noqa: E402
 import train_image  # noqa: E402
 import train_video  # noqa: E402
 
-QUICK = ("nfe", "timing", "evaluate", "diversity", "early")
-LONG = (
-    "gradient",
-    "overhead",
-    "alignment",
-    "ablation",
-    "scaling",
-    "equal_time",
-    "speedrun",
-    "spread",
-)  # they train, up to minutes each
+QUICK = ("nfe", "evaluate", "early")
+LONG = ("timing", "diversity", "gradient", "overhead", "alignment", "ablation", "scaling", "equal_time", "speedrun")
+LONG += ("spread",)  # up to minutes each
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LONG)])
