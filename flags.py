@@ -84,6 +84,14 @@ DEFAULTS_VIDEO = (
         "iterations": Default(200, 300),
     }
 )
+FOLLOWS = {  # what becomes of flags whose value follows from others, for their help
+    "method": "branchgrpo; branchgrpo-mix with --mix, or on the embedded model unpruned",
+    "mix": "T/5, also where the flag is bare (paper: 4 of 20); 0 on the embedded model",
+    "depth_every": "it sweeps once on the embedded model, else 30 (paper)",
+    "sde": "the method's own (cps for branchgrpo-mix on the embedded model)",
+    "eta": "dance 0.3, flow 0.7, cps 0.8 as published, or tuned for the embedded model",
+    "lr": "tuned for the embedded model, else 1e-5 (paper), with --lora 3e-4 (Flow-GRPO)",
+}
 TUNED_LR = {"flux": 7e-5, "wan": 2e-4}
 TUNED_ETA = {"dance": (1.6, 0.7), "flow": (0.7, 0.7), "cps": (0.7, 0.7)}  # with few noisy steps, with all of them
 PUBLISHED_ETA = {"dance": 0.3, "flow": 0.7, "cps": 0.8}  # DanceGRPO and the paper, Flow-GRPO, Flow-CPS
@@ -134,7 +142,7 @@ def text_or_number(text: str) -> str | int:
 def number(kind: type, low: float, high: float = math.inf, above=False, below=False):
     """An argparse type: a number of one kind in [low, high], without its ends where `above` or `below` says so."""
     rule = f"{'above' if above else 'at least'} {low}"
-    rule += f" and {'below' if below else 'at most'} {high}" if math.isfinite(high) else ""
+    rule += f" and {'below' if below else 'at most'} {high:g}" if math.isfinite(high) else ""
 
     def parse(text: str):
         try:
@@ -142,7 +150,7 @@ def number(kind: type, low: float, high: float = math.inf, above=False, below=Fa
         except ValueError:
             value = math.nan  # fails every comparison below
         if not (low <= value <= high) or (above and value == low) or (below and value == high):
-            raise argparse.ArgumentTypeError(f"must be {'a whole number ' if kind is int else ''}{rule}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number {rule}, got {text!r}")
         return value
 
     return parse
@@ -193,13 +201,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
-def adder(group, defaults: dict[str, Default]):
-    """A group's add_argument; of the flags in `defaults` the value stays open, and the help says what it becomes."""
+def adder(group, defaults: dict[str, Default | str]):
+    """A group's add_argument; of the flags in `defaults` and FOLLOWS the value stays open, and the help says what it
+    becomes."""
 
     def add(flag: str, help: str, **options) -> None:
         name = flag.removeprefix("--").replace("-", "_")
-        if name in defaults:
-            help, options = f"{help}; default: {defaults[name]}", options | {"default": None}
+        note = defaults.get(name) or FOLLOWS.get(name)
+        if note:
+            help, options = f"{help}; default: {note}", options | {"default": None}
         group.add_argument(flag, help=help.replace("%", "%%"), **options)
 
     return add
@@ -281,11 +291,7 @@ def add_memory_flags(g) -> None:
 
 def add_tree_flags(g) -> None:
     """The shape of the forest, which steps draw noise, what is pruned; what is None is decided in `resolve_tree`."""
-    g(
-        "--method",
-        choices=METHODS,
-        help="default: branchgrpo; branchgrpo-mix with --mix, or on the embedded model unpruned",
-    )
+    g("--method", choices=METHODS, help="which forest, see schedules.py")
     g("--steps", type=number(int, 2), help="denoising steps T")
     g("--shift", type=POSITIVE, help="shift of the noise levels")
     g("--leaves", type=number(int, 2), help="pictures per prompt; default: 16 (paper), or what --splits imply")
@@ -298,13 +304,7 @@ def add_tree_flags(g) -> None:
     )
     g("--roots", type=COUNT, help="independent trees per prompt; default: 1 (paper)")
     g("--branch-noise", type=UNLIMITED, help="s of Eq. 2, inf makes siblings independent; default: 4 (paper)")
-    g(
-        "--mix",
-        type=FROM_ZERO,
-        nargs="?",
-        const=BARE,
-        help="width of the noisy window; default and bare: T/5 (paper: 4 of 20); 0 on the embedded model",
-    )
+    g("--mix", type=FROM_ZERO, nargs="?", const=BARE, help="width of the noisy window")
     g("--mix-every", type=COUNT, help="iterations per step of that window; default: it sweeps once (MixGRPO: 25)")
     g(
         "--width-prune",
@@ -326,11 +326,7 @@ def add_tree_flags(g) -> None:
         metavar="FRACTION",
         help="train this fraction of each step's parents, those with the largest advantages; default: all",
     )
-    g(
-        "--depth-every",
-        type=COUNT,
-        help="iterations per step of that window; default: it sweeps once on the embedded model, else 30 (paper)",
-    )
+    g("--depth-every", type=COUNT, help="iterations per step of that window")
     g("--depth-stop", type=FROM_ZERO, help="step at which the window's end stays; default: the last stochastic one")
     g(
         "--flash",
@@ -343,16 +339,8 @@ def add_tree_flags(g) -> None:
 def add_credit_flags(steps, g) -> None:
     """The kind of step; credit and loss."""
     kinds = [kind for kind in STEPS if kind != "ode"]
-    steps(
-        "--sde",
-        choices=kinds,
-        help="kind of stochastic step; default: the method's own (cps for branchgrpo-mix on the embedded model)",
-    )
-    steps(
-        "--eta",
-        type=POSITIVE,
-        help="noise strength; default: dance 0.3, flow 0.7, cps 0.8 as published, or tuned for the embedded model",
-    )
+    steps("--sde", choices=kinds, help="kind of stochastic step")
+    steps("--eta", type=POSITIVE, help="noise strength")
     steps("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
 
     g("--objective", choices=OBJECTIVES, default="surrogate", help="what is learnt from the leaves, see objectives.py")
@@ -396,11 +384,7 @@ def add_optimisation_flags(g) -> None:
         default="prompts",
         help="what the optimiser steps of an iteration divide among them",
     )
-    g(
-        "--lr",
-        type=POSITIVE,
-        help="AdamW; default: tuned for the embedded model, else 1e-5 (paper), with --lora 3e-4 (Flow-GRPO)",
-    )
+    g("--lr", type=POSITIVE, help="AdamW")
     g("--lr-end", type=number(float, 0, 1), help="fraction of --lr left at the end, falling linearly; 1 is constant")
     g("--weight-decay", type=NOT_NEGATIVE, help="AdamW")
     g("--max-grad-norm", type=UNLIMITED, help="0 is no clipping")
@@ -467,6 +451,8 @@ def resolve_tree(args, embedded: bool, tuned: str) -> None:
             made = f"{len(splits)} splits make {args.roots} x {args.branch}^{len(splits)} = {leaves}"
             raise ValueError(f"--leaves {args.leaves} does not go with the tree: {made}")
         fill(args, "leaves", leaves, "follows from --splits and --branch")
+        if leaves < 2:
+            raise ValueError("a tree of one leaf has nothing to compare: give --splits, or more --roots")
     fill(args, "leaves", 16, "the paper")
 
     # Windows. The paper's: a fifth of the steps is noisy, a quarter is dropped and moves every 30 iterations.
@@ -511,6 +497,13 @@ def check_windows(args) -> None:
         raise ValueError(
             "--size-prune does not go with --width-prune: what both keep would differ from prompt to prompt"
         )
+    for name, needed, there in (
+        ("depth_every", "--depth-prune", args.depth_prune is not None),
+        ("depth_stop", "--depth-prune", args.depth_prune is not None),
+        ("mix_every", "a window, --mix", bool(args.mix)),
+    ):
+        if args.origin.get(name) == "given" and not there:
+            raise ValueError(f"--{name.replace('_', '-')} goes with {needed}")
     if args.splits == AUTO and (args.depth_prune is not None or args.mix):
         raise ValueError("--splits auto does not go with --depth-prune or a --mix window: both slide along the splits")
     if (args.depth_prune is not None or args.width_prune is not None) and args.mix == 0:
@@ -579,6 +572,8 @@ def check_objective(args) -> None:
     """
     forest = schedule_of(args, 0).forest
     name = args.objective
+    if name not in ON_LEAVES and args.method == "ode":
+        raise ValueError(f"--method ode draws no noise: give --objective {' or '.join(ON_LEAVES)} with it")
     if name not in ON_LEAVES and forest.last_stochastic < 0:
         raise ValueError("no step would be noisy, so none trained: give --splits, --mix or fewer --roots")
     if name == "endpoint" and not forest.splits:

@@ -26,14 +26,15 @@ from tqdm import tqdm
 
 import flags
 import loop
-from branchgrpo import generators, rollout, sample_ode
+from branchgrpo import Rollout, Sampler, generators, rollout, sample_ode
 from checkpoint import Run
 from schedules import kept_edges, schedule_of
+from tree import Forest
 
 NAMES = ("east", "north-east", "north", "north-west", "west", "south-west", "south", "south-east")
 CENTRES = 2 * torch.tensor([[math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)] for i in range(8)])  # (8, 2)
 SPREAD, BUMP = 0.2, 1.0  # standard deviation of a mode; width of the reward
-TREE_KEY, TEST_KEY = 2**31 + 3, 2**31 + 4  # of noises that no training has
+TREE_KEY, TEST_KEY = 2**31 + 3, 2**31 + 4  # keys of noise that training never draws
 
 DEFAULTS = {  # what the embedded models have in flags.py, for the plane
     name: flags.Default(value, value, "plane.py")
@@ -43,11 +44,17 @@ DEFAULTS = {  # what the embedded models have in flags.py, for the plane
     }.items()
 }
 ETA = {"dance": 1.0, "flow": 0.7, "cps": 0.7}  # enough noise that a tree reaches other modes than its root's
+FOLLOWS = {"method": "branchgrpo; branchgrpo-mix with --mix", "mix": "T/5, also where the flag is bare", "sde": "cps"}
+FOLLOWS |= {
+    "eta": ", ".join(f"{kind} {eta}" for kind, eta in ETA.items()),
+    "lr": "2e-3",
+    "depth_every": "it sweeps once",
+}
 
 
 # --------------------------------------------------------------------------------------------------- model and reward
 class Velocity(torch.nn.Module):
-    """v_theta(x, sigma): an MLP on the point, the noise level, and four waves of it, which make it easier to read."""
+    """v_theta(x, sigma): an MLP on the point, the noise level, and sines and cosines of the noise level."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -125,18 +132,19 @@ def parse(argv: list[str]):
     Raises:
         ValueError: one sentence, for flags that contradict each other.
     """
-    parser = flags.Parser(description=(__doc__ or "").partition("\n")[0], formatter_class=flags.Help)
+    description = "The whole method in two dimensions, drawn. What a flag leaves open is printed at the start."
+    parser = flags.Parser(description=description, formatter_class=flags.Help, allow_abbrev=False)
     tree, steps, credit, optimisation, own = (
-        flags.adder(parser.add_argument_group(title), DEFAULTS)
+        flags.adder(parser.add_argument_group(title), DEFAULTS | FOLLOWS)
         for title in ("tree", "steps", "credit and loss", "optimisation", "toy")
     )
     flags.add_tree_flags(tree)
     flags.add_credit_flags(steps, credit)
     flags.add_optimisation_flags(optimisation)
     own("--seed", type=flags.FROM_ZERO, default=0, help="of the rollouts' noise; pre-training never changes")
-    own("--mode", choices=NAMES, default="north-east", help="the one that is rewarded")
-    own("--out", default="runs/toy", help="folder of the pictures")
-    own("--gradient", action="store_true", help="noise and bias of each rule against the known gradient")
+    own("--mode", choices=NAMES, default="north-east", help="the mode that is rewarded")
+    own("--out", default="runs/toy", help="folder of toy.png and toy.gif, with --gradient of toy_gradient.json")
+    own("--gradient", action="store_true", help="measure noise and bias of each rule, instead of training")
     args = parser.parse_args(argv)
 
     # As flags.resolve does for models that are not embedded; kind of step and rates are the plane's own.
@@ -147,6 +155,8 @@ def parse(argv: list[str]):
     flags.fill(args, "eta", ETA[args.sde], "plane.py")
     flags.fill(args, "lr", 2e-3, "plane.py")
     flags.check_learning(args)
+    if args.iterations < 1 or args.silent_prompts < 1:
+        raise ValueError("in the plane --iterations must be at least 1, and --silent-prompts 1: there is one prompt")
 
     # What training asks of a run beside the flags above: one float32 process, one reward.
     args.micro_batch, args.tree_offload, args.dtype, args.reward_mix = 0, False, "fp32", "reward"
@@ -167,30 +177,65 @@ def evaluate(run: Run, n: int = 2000) -> dict:
     """Samples by the ODE, from noises that are always the same.
 
     Returns:
-        points (n, 2); reward, their mean; share, the fraction within three standard deviations of the wanted mode;
-        evaluations, those of the model in training so far.
+        points (n, 2); reward, its mean over them; share, the fraction of them within three standard deviations of the
+        wanted mode; evaluations of the model in training so far, rollout and trained rows; iteration.
     """
     prompts, noise = run.heldout * n, torch.randn(n, 2, generator=torch.Generator().manual_seed(TEST_KEY))
     with loop.averaged(run):
         points = sample_ode(run.policy, run.policy.encode(prompts), run.sampler(), noise)
     inside = (points - CENTRES[NAMES.index(prompts[0])]).norm(dim=1) < 3 * SPREAD
     document = {"points": points, "reward": near(points, prompts).mean().item(), "share": inside.float().mean().item()}
-    return document | {"evaluations": sum(row["nfe"] for row in run.history)}
+    return document | {"evaluations": sum(row["nfe"] for row in run.history), "iteration": run.iteration}
 
 
 def grown(run: Run) -> tuple:
-    """A tree of the policy as it is, with noise of its own: forest, rollout, advantages and kept edges."""
+    """A tree of the policy as it is, with noise of its own.
+
+    Returns:
+        forest, rollout, advantages, kept edges, and of each split what its siblings share, see `shared_noise`.
+    """
     args = run.args
     schedule = schedule_of(args, min(run.iteration, args.iterations - 1), run.history)
     sampler, noise = run.sampler(schedule.sigmas), generators(TREE_KEY, 0, range(1))
     out = rollout(run.policy, run.policy.encode(run.heldout), schedule.forest, sampler, noise)
     scores = {"near": near(out.latents[-1][0], run.heldout * schedule.forest.leaves)}
     _, ranking, advantages = loop.credit_leaves(run, out, schedule.forest, scores)
-    return schedule.forest, out, advantages, kept_edges(args, schedule, ranking, advantages)
+    keep = kept_edges(args, schedule, ranking, advantages)
+    return (
+        schedule.forest,
+        out,
+        advantages,
+        keep,
+        shared_noise(schedule.forest, out, sampler, *generators(TREE_KEY, 0, range(1))),
+    )
+
+
+def shared_noise(forest: Forest, out: Rollout, sampler: Sampler, generator) -> dict[int, tuple[Tensor, Tensor]]:
+    """What the siblings of each split share (Eq. 2), in a tree of one prompt; `generator` is as it was before it grew.
+
+    Returns:
+        split step -> where its n_i nodes would go without noise, (n_i, 2), and where the shared part alone leads them,
+        xi_0 / sqrt(1 + s^2) further in standard deviations.
+    """
+    # Draw the noises again, in the order of `rollout` and of `branch_noise`: the root's, each child's own, the shared.
+    result = {}
+    torch.randn(forest.roots, 2, generator=generator)
+    for i in filter(forest.stochastic, range(forest.steps)):
+        k, n, x = forest.children[i], forest.sizes[i], out.latents[i][0]
+        own = torch.randn(n, k, 2, generator=generator)
+        if k > 1 and math.isfinite(sampler.s):
+            shared = torch.randn(n, 1, 2, generator=generator)
+
+            # A child lies at mean + std xi_b, so the first one tells where the mean was.
+            std = sampler.moments(torch.full((n,), i), x, torch.zeros_like(x))[1]  # (n, 1), whatever the velocity
+            xi = ((shared + sampler.s * own) / math.sqrt(1 + sampler.s**2))[:, 0]  # (n, 2)
+            start = out.latents[i + 1][0].unflatten(0, (n, k))[:, 0] - std * xi
+            result[i] = start, start + std * shared[:, 0] / math.sqrt(1 + sampler.s**2)
+    return result
 
 
 def learn(run: Run, every: int = 5, trees: bool = False) -> list[dict]:
-    """Train; return an evaluation every so many iterations, the first before training, with a tree where asked."""
+    """Train; return evaluations: before training, every so many iterations, after the last; with trees where asked."""
     args, stages = run.args, []
     for iteration in tqdm(range(args.iterations + 1), desc=args.method, file=sys.stderr):
         if iteration % every == 0 or iteration == args.iterations:

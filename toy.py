@@ -3,7 +3,7 @@
 Idea: in the plane of plane.py a rollout tree can be drawn as it is, and a change to the method is seen within seconds.
 Nothing of the method is written here: this file trains, draws and measures.
 
-1. figure       toy.png: before and after, a tree, siblings' noise, marginals, reward per model evaluation
+1. figure       toy.png: before and after, a tree, siblings' noise, marginals, reward against model evaluations
 2. animation    toy.gif: trees grow, and the samples move
 3. gradients    --gradient: noise and bias of each rule, against a gradient that is known
 4. main         one JSON document on the last line
@@ -14,12 +14,11 @@ x_{i+1} = mean(x_i) + std xi is a function of the weights, and the reward can be
 both are there, and 100,000 paths give the gradient of the expected reward almost without noise.
 
     python toy.py --objective endpoint --mix 0
-    python toy.py --method dancegrpo --eta 0.2       # too little noise: few trees reach another mode than their root's
-    python toy.py --gradient                         # two minutes
+    python toy.py --eta 0.2         # little noise: few trees reach another mode than their root's, so it learns slowly
+    python toy.py --gradient        # two minutes
 """
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -37,7 +36,7 @@ from checkpoint import Run
 from disk import check_writable, replacing
 from plane import CENTRES, NAMES, SPREAD, TEST_KEY, TREE_KEY, learn, near, parse, prepare
 from report import BLUE, GREEN, GREY, ORANGE, plt
-from schedules import schedule_of
+from schedules import noise_sharing, schedule_of
 from sde import branch_noise
 
 COMPARED = {"dancegrpo": GREY, "mixgrpo": GREEN, "branchgrpo": BLUE, "branchgrpo-mix": ORANGE}
@@ -56,10 +55,10 @@ def draw_points(ax, points: Tensor, title: str, wanted: str) -> None:
 def draw_tree(ax, tree: tuple, depth: int | None = None) -> None:
     """A tree as it lies in the plane, down to a depth: every node a point, edges coloured by their advantage (Eq. 4).
 
-    Thin grey edges draw no noise, dashed ones are pruned. A cross marks the middle of siblings, which is where they
-    would have gone without noises of their own: it lies off their parent's path by the noise that they share.
+    Thin grey edges draw no noise, dashed ones are pruned. A black arrow at a split begins where its children would be
+    without noise, and is the part of their noises that they share (Eq. 2): short with s = 4, long with s = 0.5.
     """
-    forest, out, advantages, keep = tree
+    forest, out, advantages, keep, shared = tree
     shade = plt.cm.ScalarMappable(plt.Normalize(-2, 2), "coolwarm_r")
     points = [x[0] for x in out.latents]  # T+1 times (n_d, 2)
     for i in range(forest.steps if depth is None else depth):
@@ -68,21 +67,30 @@ def draw_tree(ax, tree: tuple, depth: int | None = None) -> None:
             trained = bool(kept) and forest.stochastic(i)
             style = {"color": shade.to_rgba(advantage), "lw": 2} if trained else {"color": GREY, "lw": 0.8}
             ax.plot(*zip(a.tolist(), b.tolist()), ls="-" if kept or not forest.stochastic(i) else "--", **style)
-        if i in forest.splits:
-            middles = points[i + 1].unflatten(0, (-1, forest.children[i])).mean(1)  # (n_i, 2)
-            ax.scatter(*middles.T, s=14, color="black", marker="x", lw=0.8, zorder=3)
+        if i in shared:
+            starts, ends = shared[i]
+            ax.quiver(
+                *starts.T,
+                *(ends - starts).T,
+                angles="xy",
+                scale_units="xy",
+                scale=1,
+                width=0.005,
+                headwidth=2,
+                zorder=3,
+            )
     for level in points[: forest.steps + 1 if depth is None else depth + 1]:
         ax.scatter(*level.T, s=7, color="black", zorder=2, lw=0)
     ax.scatter(*points[0].T, s=60, color="black", marker="*", zorder=3)
 
 
 def draw_siblings(ax, s: float) -> None:
-    """Eq. 2: the first coordinate of two siblings' noises against each other; the slope is 1 / (1 + s^2)."""
+    """Eq. 2: the noises of two siblings against each other; the slope is their correlation, 1 / (1 + s^2)."""
     noise = branch_noise(2000, 2, (1,), s, torch.Generator().manual_seed(TREE_KEY)).view(2000, 2)
     line, slope = torch.tensor([-3.0, 3.0]), 1 / (1 + s**2)
     ax.scatter(*noise.T, s=3, color=BLUE, alpha=0.3, lw=0)
     ax.plot(line, slope * line, color=ORANGE, label=f"slope 1 / (1 + s²) = {slope:.3f}")
-    ax.set(title=f"noises of two siblings, s = {s:g}", xlabel="first", ylabel="second", aspect="equal")
+    ax.set(title=f"noises of siblings, s = {s:g}", xlabel="of one", ylabel="of the other", aspect="equal")
     ax.legend(fontsize=8, loc="upper left")
 
 
@@ -98,7 +106,7 @@ def draw_marginals(ax, run: Run, trees: int = 1000) -> None:
         outlined = {"histtype": "step", "color": "black", "label": f"{n} independent samples"}
         angles = torch.atan2(leaves[:, 1], leaves[:, 0]).rad2deg()
         ax.hist(angles.numpy(), 72, range=(-180, 180), density=True, **(filled if style else outlined))
-    ax.set(title="marginals, before training", xlabel="angle on the circle, degrees", yticks=[])
+    ax.set(title="leaves of trees are samples as all others", xlabel="angle on the circle, degrees", yticks=[])
     ax.legend(fontsize=8)
 
 
@@ -111,29 +119,28 @@ def figure(run: Run, before: Run, stages: list[dict], curves: dict[str, list[dic
         axes[0, 1], torch.empty(0, 2), "a tree, before training: blue edges led to better leaves", run.args.mode
     )
     draw_tree(axes[0, 1], stages[0]["tree"])
-    draw_siblings(axes[1, 0], run.args.branch_noise if run.args.branch_noise is not None else math.inf)
+    draw_siblings(axes[1, 0], noise_sharing(run.args))
     draw_marginals(axes[1, 1], before)
     for name, curve in curves.items():
         colour, width = COMPARED.get(name, "black"), 3 if name == run.args.method else 1.5
-        axes[1, 2].plot(
-            [s["evaluations"] for s in curve], [s["reward"] for s in curve], color=colour, lw=width, label=name
-        )
-    axes[1, 2].set(title="reward of samples (ODE)", xlabel="model evaluations, rollout and training")
+        x, y = ([stage[key] for stage in curve] for key in ("evaluations", "reward"))
+        axes[1, 2].plot(x, y, color=colour, lw=width, label=name + " (your flags)" * (width == 3))
+    axes[1, 2].set(title="reward of samples (ODE)", xlabel="model evaluations, rollout and trained rows")
     axes[1, 2].legend(fontsize=8)
     return fig
 
 
-def animation(stages: list[dict], mode: str, path: Path, frames: int = 8) -> None:
-    """A GIF: on the left trees grow, each from the policy of its time, on the right the samples move meanwhile."""
+def animation(stages: list[dict], mode: str, path: Path, growth: int = 8) -> None:
+    """A GIF: on the left trees grow, each in `growth` frames from the policy of its time; on the right samples move."""
     images, depths = [], stages[0]["tree"][0].steps
     fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.3), layout="constrained")
-    for j, stage in enumerate(stages):
+    for j in range(6 * growth):
+        now, begun = (stages[round(i * (len(stages) - 1) / (6 * growth - 1))] for i in (j, j - j % growth))
         for ax in axes:
             ax.clear()
-        depth = round((j % frames) / (frames - 1) * depths)
         draw_points(axes[0], torch.empty(0, 2), "a tree grows, from noise (star) to leaves", mode)
-        draw_tree(axes[0], stages[j - j % frames]["tree"], depth)
-        draw_points(axes[1], stage["points"], f"samples: {stage['share']:.0%} in the rewarded mode", mode)
+        draw_tree(axes[0], begun["tree"], round((j % growth) / (growth - 1) * depths))
+        draw_points(axes[1], now["points"], f"iteration {now['iteration']}: {now['share']:.0%} in the mode", mode)
         fig.canvas.draw()
         images.append(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy())
     plt.close(fig)
@@ -191,7 +198,7 @@ def known_gradient(run: Run, noisy_only: bool, paths: int = 100_000) -> Tensor:
 def compared(estimates: Tensor, known: list[Tensor]) -> np.ndarray:
     """Noise over signal of an estimate, tr Cov(g) / |E g|^2, and the cosine of E g with each known gradient.
 
-    |E g|^2 is the mean product of two different estimates: the square of their mean would hold the noise once more.
+    |E g|^2 is the mean product of two different estimates: the square of their mean would be too large by noise / B.
 
     Args:
         estimates: (B, weights). known: tensors (weights,).
@@ -206,9 +213,17 @@ def gradients(argv: list[str], trials: int = 100, rollouts: int = 64) -> dict:
     """Every arm's gradient at the pre-trained policy, `trials` times, each the mean over so many rollouts.
 
     Returns:
-        arm -> units of one rollout; noise, of one rollout over its signal; units_to_1, until they are equal; cosine
-        with the known gradient, and with that of the noisy steps, each with its standard error (by a jackknife).
+        arm -> units of one rollout, a trained row counting three; noise, of one rollout over its signal; units_to_1,
+        until they are equal; cosine with the known gradient, and with that of the noisy steps, each with its standard
+        error (by a jackknife), of which the printed table shows two.
+
+    Raises:
+        ValueError: for flags that the arms choose themselves.
     """
+    free, given = ("seed", "mode", "steps", "shift", "sde", "eta", "out", "gradient"), parse(argv).origin.items()
+    fixed = [f"--{name.replace('_', '-')}" for name, where in given if where == "given" and name not in free]
+    if fixed:
+        raise ValueError(f"--gradient does not go with {fixed[0]}, which its rows choose themselves")
     table, known = {}, {}
     print(f"{'':<36}{'units':>7}{'noise/signal':>14}{'units to 1':>12}{'cosine, all steps':>20}{'noisy steps':>18}")
     for name, own in ARMS.items():
@@ -227,7 +242,7 @@ def gradients(argv: list[str], trials: int = 100, rollouts: int = 64) -> dict:
             run.history.append(loop.iterate(run, i)[0])
             estimates.append(flat_gradient(run))
 
-        # The jackknife leaves out a tenth of the estimates at a time. One rollout is as many times as noisy as a mean.
+        # The jackknife leaves out a tenth of the estimates at a time. One rollout is as noisy as `rollouts` estimates.
         tenths = torch.stack(estimates).unflatten(0, (10, -1))  # (10, trials / 10, weights)
         noise, *cosines = compared(tenths.flatten(0, 1), known[noisy])
         left_out = [compared(tenths[torch.arange(10) != i].flatten(0, 1), known[noisy])[1:] for i in range(10)]
@@ -249,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if args.gradient:
-            document = gradients([word for word in argv if word != "--gradient"])
+            document = gradients(argv)
             with replacing(folder / "toy_gradient.json") as unfinished:
                 unfinished.write_text(json.dumps(document, indent=1))
         else:
@@ -261,20 +276,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def show(args, folder: Path) -> dict:
-    """Train as the flags say, then the methods that it is compared with; draw toy.png and toy.gif."""
-    names = (
-        "method",
-        "sde",
-        "eta",
-        "objective",
-        "steps",
-        "leaves",
-        "iterations",
-        "prompts_per_iteration",
-        "lr",
-        "seed",
-    )
-    print(", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names), file=sys.stderr)
+    """Train as the flags say; then four methods with no flag but its seed, mode and iterations; toy.png, toy.gif."""
+    shown = ("method", "sde", "eta", "objective", "steps", "leaves", "prompts_per_iteration", "iterations", "lr")
+    print(", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in shown), file=sys.stderr)
     run = prepare(args)
     stages = learn(run, every=max(1, args.iterations // 40), trees=True)
     curves = {args.method: stages}

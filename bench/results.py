@@ -773,7 +773,7 @@ def toy_gradient(d: dict) -> Section:
         "What carries over from 2 dimensions to 512: which steps are noisy decides most; width pruning biases; fusion"
         " weights change nothing. What does not: in the plane nearly all of a noise reaches the reward, so there is"
         f" {smaller[0]:.0f} times (noise at all steps) and {smaller[1]:.0f} times (at the splits) less noise over"
-        " signal than in 512 dimensions, and the endpoint objective, which looks past the noise, has little left to win.",
+        " signal than in 512 dimensions. The endpoint objective, which looks past the noise, has little left to win.",
     ]
     return Section(finding, table(head, rows), notes)
 

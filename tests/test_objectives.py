@@ -302,7 +302,7 @@ def test_every_objective_trains(tmp_path, module, flags, nfe):
     "flags, words",
     [
         ("--objective endpoint --method flowgrpo", "compares siblings"),
-        ("--objective surrogate --method ode", "no step would be noisy"),
+        ("--objective surrogate --method ode", "give --objective elbo or nft"),
         ("--objective endpoint --depth-prune", "--depth-prune does not go with --objective endpoint"),
         ("--objective elbo --loss-weight path", "--loss-weight does not go with --objective elbo"),
         ("--splits auto --depth-prune", "--splits auto does not go with --depth-prune"),

@@ -63,6 +63,34 @@ def test_options_of_training_work_here_too():
         assert run.history[0]["ratio_dev"] < 1e-5, argv
 
 
+@pytest.mark.parametrize("s", [0.5, 4])
+def test_shared_noise_is_that_of_the_tree(s):
+    """Drawn again it leaves every child its own noise: each child alone leads to the same start."""
+    args = plane.parse(["--branch-noise", str(s), "--branch", "3", "--splits", "0,2", "--steps", "6"])
+    forest, out, *_, shared = plane.grown(plane.prepare(args))
+    assert sorted(shared) == [0, 2]
+    for i, (start, end) in shared.items():
+        mean, std = moments(args, out, i)
+        assert torch.allclose(start, mean, atol=1e-5)
+        assert (end - start).norm(dim=1).max() < 4 * std / (1 + s**2) ** 0.5
+
+    # With s small nearly all of it is shared, so the children lie at its tip.
+    args = plane.parse(["--branch-noise", "0.001", "--branch", "3", "--splits", "0,2", "--steps", "6"])
+    forest, out, *_, shared = plane.grown(plane.prepare(args))
+    children = out.latents[3][0].unflatten(0, (-1, 3))
+    assert torch.allclose(children, shared[2][1].unsqueeze(1).expand_as(children), atol=0.01)
+
+
+def moments(args, out, i: int) -> tuple[torch.Tensor, float]:
+    """Where the nodes of depth i would go without noise, and the std of that step."""
+    run = plane.prepare(args)
+    x = out.latents[i][0]
+    step = torch.full((len(x),), i)
+    with torch.no_grad():
+        mean, std = run.sampler().moments(step, x, run.policy.velocity(x, run.sampler().levels(x)[step], None))
+    return mean, float(std[0])
+
+
 def test_reward_is_the_bump():
     centre = plane.CENTRES[2:3]
     assert plane.near(centre, ["north"]).item() == 1
@@ -146,7 +174,16 @@ def test_pictures_and_document(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "argv", ["--objective endpoint --mix 0 --splits ,", "--eta 1 --sde cps", "--method ode", "--mode up"]
+    "argv",
+    [
+        "--splits ,",
+        "--eta 1 --sde cps",
+        "--method ode",
+        "--mode up",
+        "--iterations 0",
+        "--gradient --splits 0,2",
+        "--grad",
+    ],
 )
 def test_bad_flags_are_one_sentence(argv, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
