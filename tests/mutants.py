@@ -1,18 +1,28 @@
-"""Plants faults in the mathematics, one at a time, and expects the tests to turn red for each.
+"""Plants faults in the mathematics: one at a time, and expects the tests to notice each; or one for you to find.
 
-    make mutants            # all;   python tests/mutants.py 3 17    only these
+    make mutants                            # all faults;   python tests/mutants.py 3 17    only these
+    python tests/mutants.py --exercise 3    # a copy of the project with a fault: find it and mend it
 
-First the tests must be green on an unchanged copy.
+Each mutant is a file, a text that stands in it exactly once, and a wrong text. Faults are always planted in a copy of
+the project, never in the project itself.
 
-Each mutant is a file, a text that stands in it exactly once, and a wrong text. The tests run on a copy of the project,
-in a forked process, so that libraries are imported once. The last line counts; the exit code is 1 if a fault went
-unnoticed.
+1. MUTANTS         the faults
+   EXERCISES       twelve of them, from easy to hard, each with what a user would observe (docs/exercises.md)
+2. copy_project    code, documents and embedded models; neither runs nor git's history
+   plant           one fault in a copy
+3. survives        whether the tests miss a fault. They run in a forked process, so that libraries are imported once
+4. exercise        a copy with a fault and without the answers; says what is wrong, but not where
+5. main            first the tests must be green on an unchanged copy. The last line counts; the exit code is 1 if a
+                   fault went unnoticed
 """
 
+import argparse
 import os
+import shlex
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,23 +192,124 @@ MUTANTS = [
 ]
 
 
+# Exercises: (file, wrong text, what a user would observe). The wrong text chooses the mutant: a place in the list would
+# move as soon as somebody puts another one before it.
+EXERCISES = [
+    (
+        "schedules",
+        "np.floor(args.timestep_fraction",
+        "`--timestep-fraction 0.05` trains nothing at all where ten steps are noisy: the row of metrics has no"
+        " loss, and no weight moves. With 0.6 and 19 noisy steps, 11 of them are trained where it should be 12.",
+    ),
+    (
+        "tree",
+        "extremes = order[:, : 2 * b]",
+        "`--width-prune extreme-4` trains the chains of eight leaves after the last split, as many as it should."
+        " But the worst leaves of a prompt are never among them.",
+    ),
+    (
+        "sde",
+        "own = shared + s * own",
+        "At a split with `--branch-noise 4` the children of a node scatter with 17 times the variance of the step."
+        " With `--branch-noise inf` all is well.",
+    ),
+    (
+        "branchgrpo",
+        "cond = take_cond(cond, edges.prompt * 0)",
+        "With one prompt per optimiser step all is well. With several, `ratio_dev` of the first one is far above"
+        " rounding, and the longer a model is trained, the less it heeds its prompt.",
+    ),
+    (
+        "branchgrpo",
+        "ratio.clamp(max=1 + clip) * advantage)",
+        "With `--updates 2`, edges of positive advantage are clipped as they should be. But an edge of negative"
+        " advantage that has already become far less likely is still pushed down with full force.",
+    ),
+    (
+        "tree",
+        "return z",
+        "The rewards of a prompt's leaves differ by the rounding of float32 alone, so they have nothing to teach."
+        " Yet their advantages are not 0, but about 1e-4, and where nothing else is trained Adam makes a full step"
+        " of that.",
+    ),
+    (
+        "sde",
+        "return x + v * dt - drift * dt, eta",
+        "With `--sde dance` the leaves are too noisy and lie too far out, and the more so the larger `--eta` is."
+        " With `--sde flow` and `--sde cps` all is well.",
+    ),
+    (
+        "tree",
+        "return self.chosen[step]",
+        "`python tree.py --steps 20 --branch 2 --splits 0,3,6,9` counts 218 trainable edges of the whole tree,"
+        " where there are 202. In `python toy.py` the loss is not a number; with `--sde dance` it is one, but the"
+        " leaves have grain.",
+    ),
+    (
+        "sde",
+        "square = ((x - mean) ** 2).flatten(1).sum(1)",
+        "The larger a picture is, the fewer leaves fusion listens to. `python train_image.py --method branchgrpo"
+        " --iterations 2 --eval-size 2` logs little more than 1 as `effective_leaves`, where it should be 15.9 of 16.",
+    ),
+    (
+        "branchgrpo",
+        "np.random.SeedSequence([seed + iteration, slot])",
+        "Five runs with `--seed 0` to `--seed 4` are not independent of each other, so that an interval computed"
+        " from them is too narrow. Each run by itself looks right in every way.",
+    ),
+    (
+        "objectives",
+        "sigma.unsqueeze(2).expand(-1, -1, leaves)",
+        "With `--objective elbo`, a model that knows the leaf of each row, v = (x - x0) / sigma, should have an"
+        " error of 0 in every row, and has not. With `--noise-draws 1` all is well.",
+    ),
+    (
+        "tree",
+        "return (beta * path_logp.double()).softmax(-1).unflatten(1, (nodes, -1))",
+        "Below a leaf there is nothing to average, yet its fused reward is a small part of its own reward. With"
+        " `--fusion-beta 0` a run hardly shows it: the advantages are right to two digits.",
+    ),
+]
+
+# What an exercise's copy must not hold: the answers and this list, and with them the tests that read either.
+ANSWERS = ("docs/exercises.md", "tests/mutants.py", "tests/test_exercises.py", "tests/test_readme.py")
+
+
+def copy_project(folder: Path, without: tuple[str, ...] = ()) -> None:
+    """Copy to a folder what the tests of TESTS need: code, documents and embedded models, no runs, no git history.
+
+    Args:
+        folder: where to; made if it is missing.
+        without: files that are left out, named as seen from the project.
+    """
+    patterns = ("*.py", "*.md", "*.html", "pyproject.toml", "bench/*.py", "tests/*.py", "tests/reference/*.*")
+    patterns += ("tiny/**/*", "configs/**/*", "docs/**/*")
+
+    # All files are listed before the first is copied: the folder may lie inside the project.
+    paths = sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()})
+    for path in paths:
+        name = path.relative_to(ROOT)
+        if "__pycache__" not in name.parts and name.as_posix() not in without:
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copy(path, folder / name)
+
+
+def plant(folder: Path, name: str, right: str, wrong: str) -> None:
+    """Put the wrong text in the place of the right one, in the file `name`.py of a copy."""
+    source = folder / f"{name}.py"
+    text = source.read_text()
+    assert text.count(right) == 1, f"{name}.py must hold {right!r} exactly once"
+    source.write_text(text.replace(right, wrong))
+
+
 def survives(name: str, right: str = "", wrong: str = "") -> bool:
     """Whether the tests stay green on a copy of the project with this fault, or without one on an unchanged copy."""
     import pytest
 
     with tempfile.TemporaryDirectory() as folder:
-        for pattern in ("*.py", "*.md", "pyproject.toml", "bench/*.py", "tests/*.py", "tests/reference/*.*"):
-            for path in ROOT.glob(pattern):
-                target = Path(folder) / path.relative_to(ROOT)
-                target.parent.mkdir(exist_ok=True, parents=True)
-                shutil.copy(path, target)
-        for directory in ("tiny", "configs", "docs"):
-            shutil.copytree(ROOT / directory, Path(folder) / directory)
-        source = Path(folder) / f"{name}.py"
-        text = source.read_text()
+        copy_project(Path(folder))
         if right:
-            assert text.count(right) == 1, f"{name}.py must hold {right!r} exactly once"
-            source.write_text(text.replace(right, wrong))
+            plant(Path(folder), name, right, wrong)
 
         child = os.fork()
         if child == 0:
@@ -214,8 +325,85 @@ def survives(name: str, right: str = "", wrong: str = "") -> bool:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def main() -> int:
-    """Run the mutants named by number, or all."""
+def fault(number: int) -> tuple[str, str, str]:
+    """The mutant of an exercise, 1 to 12: file, right text, wrong text."""
+    name, wrong, _ = EXERCISES[number - 1]
+    (mutant,) = [mutant for mutant in MUTANTS if (mutant[0], mutant[2]) == (name, wrong)]
+    return mutant
+
+
+def check_command(number: int) -> list[str]:
+    """The command that fails in the folder of an exercise, and passes once the fault is mended: one file of tests."""
+    name = fault(number)[0]
+
+    # Those of objectives.py train whole runs at their end, which takes minutes and tells no more about these faults.
+    chosen = ["-k", "not every_objective_trains"] if name == "objectives" else []
+    return [sys.executable, "-m", "pytest", "-x", f"tests/{TESTS[name]}.py", *chosen]
+
+
+def exercise(number: int, folder: Path) -> str:
+    """Copy the project without the answers to a folder, plant the fault of an exercise, return what the learner reads.
+
+    Raises:
+        ValueError: if the folder is not empty, so that nobody's work is overwritten.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: remove it, or name another one with --folder")
+
+    copy_project(folder, without=ANSWERS)
+    plant(folder, *fault(number))
+
+    # The command names the interpreter that runs this file: the copy has no environment of its own.
+    command = f"cd {shlex.quote(str(folder))} && {shlex.join(check_command(number))}"
+    symptom = textwrap.fill(EXERCISES[number - 1][2], 96, initial_indent="    ", subsequent_indent="    ")
+    return f"""Exercise {number} of {len(EXERCISES)}: a copy of the project with one fault, to be found and mended, in
+    {folder}
+
+What is wrong
+{symptom}
+
+Is it mended? This command fails now, and passes then:
+    {command}
+
+Hints and the answer are in the project's docs/exercises.md; the copy has neither."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the mutants named by number, or all; or set an exercise."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    places = range(len(MUTANTS))
+    parser.add_argument(
+        "numbers", nargs="*", type=int, metavar="NUMBER", help=f"only these faults, 0 to {places[-1]}; default: all"
+    )
+    parser.add_argument(
+        "--exercise",
+        type=int,
+        choices=range(1, len(EXERCISES) + 1),
+        metavar="N",
+        help=f"do not run the tests, but copy the project with the fault of exercise N, 1 to {len(EXERCISES)}",
+    )
+    parser.add_argument("--folder", type=Path, help="of the exercise; default: runs/exercise-N in the project")
+    args = parser.parse_args(argv)
+
+    # Arguments that contradict each other would otherwise be forgotten without a word.
+    if args.exercise is None and args.folder:
+        parser.error("--folder goes with --exercise")
+    if args.exercise and args.numbers:
+        parser.error("--exercise does not go with numbers of faults")
+    if not set(args.numbers) <= set(places):
+        parser.error(f"faults have the numbers 0 to {places[-1]}")
+
+    if args.exercise is None:
+        return plant_all(args.numbers or places)
+    try:
+        print(exercise(args.exercise, (args.folder or ROOT / f"runs/exercise-{args.exercise}").resolve()))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+def plant_all(chosen) -> int:
+    """Plant the faults of these numbers, one after the other; returns the exit code."""
     import accelerate  # noqa: F401  imported once, before the forks
     import diffusers  # noqa: F401
     import hypothesis  # noqa: F401
@@ -223,12 +411,13 @@ def main() -> int:
     import torch  # noqa: F401
     from diffusers import FluxPipeline, WanPipeline  # noqa: F401
 
+    # The forked tests must import the copy's modules, never those of the project.
     sys.path = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
     sys.dont_write_bytecode = True
     if not survives("sde"):  # a test that fails by itself would count every fault as noticed
         sys.exit("the tests are red on an unchanged copy of the project: no fault was planted")
     print("    green    an unchanged copy", flush=True)
-    chosen = [int(a) for a in sys.argv[1:]] or range(len(MUTANTS))
+
     alive = []
     for i in chosen:
         name, right, wrong = MUTANTS[i]

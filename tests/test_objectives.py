@@ -284,7 +284,7 @@ def run(module, out, flags) -> list[dict]:
         (train_image, "--splits auto --size-prune 0.5 --silent-prompts 0.5 --reward jpeg", None),
         (train_image, "--objective elbo --method ode --flash 4 --lora 2 --kl 0.1", 2 * (16 + 8)),
         (train_image, "--objective nft --updates 2 --micro-batch 3 --noise-draws 1", None),
-        (train_video, "--objective nft --method ode --frames 5", None),
+        pytest.param(train_video, "--objective nft --method ode --frames 5", None, marks=pytest.mark.slow),
         (train_video, "--objective endpoint --frames 5", None),
     ],
 )
