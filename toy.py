@@ -1,4 +1,4 @@
-"""The whole method in two dimensions: `python toy.py`, half a minute, then look at runs/toy.
+"""The whole method in two dimensions: `python toy.py`, under a minute, then look at runs/toy.
 
 Idea: in the plane of plane.py a rollout tree can be drawn as it is, and a change to the method is seen within seconds.
 Nothing of the method is written here: this file trains, draws and measures.
