@@ -38,6 +38,7 @@ from plane import CENTRES, NAMES, SPREAD, TEST_KEY, TREE_KEY, learn, near, parse
 from report import BLUE, GREEN, GREY, ORANGE, plt
 from schedules import noise_sharing, schedule_of
 from sde import branch_noise
+from tree import Forest
 
 COMPARED = {"dancegrpo": GREY, "mixgrpo": GREEN, "branchgrpo": BLUE, "branchgrpo-mix": ORANGE}
 
@@ -97,15 +98,16 @@ def draw_siblings(ax, s: float) -> None:
 @torch.no_grad()
 def draw_marginals(ax, run: Run, trees: int = 1000) -> None:
     """Where leaves lie on the circle: those of many trees, over as many points that share nothing with each other."""
-    forest, sampler = schedule_of(run.args, 0, []).forest, run.sampler(schedule_of(run.args, 0, []).sigmas)
-    lone = type(forest)(1, (1,) * forest.steps, forest.chosen)
-    for shape, n, style in ((forest, trees, {"color": BLUE, "alpha": 0.4}), (lone, trees * forest.leaves, {})):
+    schedule = schedule_of(run.args, 0, [])
+    forest, sampler = schedule.forest, run.sampler(schedule.sigmas)
+    lone, paths = Forest(1, (1,) * forest.steps, forest.chosen), trees * forest.leaves
+    filled = {"histtype": "stepfilled", "color": BLUE, "alpha": 0.4, "label": f"leaves of {trees} trees"}
+    outlined = {"histtype": "step", "color": "black", "label": f"{paths} independent samples"}
+    for shape, n, style in ((forest, trees, filled), (lone, paths, outlined)):
         cond = run.policy.encode(run.heldout * n)
         leaves = rollout(run.policy, cond, shape, sampler, generators(TREE_KEY, 1, range(n))).latents[-1].flatten(0, 1)
-        filled = {"histtype": "stepfilled", "label": f"leaves of {n} trees"} | style
-        outlined = {"histtype": "step", "color": "black", "label": f"{n} independent samples"}
         angles = torch.atan2(leaves[:, 1], leaves[:, 0]).rad2deg()
-        ax.hist(angles.numpy(), 72, range=(-180, 180), density=True, **(filled if style else outlined))
+        ax.hist(angles.numpy(), 72, range=(-180, 180), density=True, **style)
     ax.set(title="leaves of trees are samples as all others", xlabel="angle on the circle, degrees", yticks=[])
     ax.legend(fontsize=8)
 
@@ -282,8 +284,8 @@ def show(args, folder: Path) -> dict:
     run = prepare(args)
     stages = learn(run, every=max(1, args.iterations // 40), trees=True)
     curves = {args.method: stages}
+    same = ["--seed", str(args.seed), "--mode", args.mode, "--iterations", str(args.iterations)]
     for method in COMPARED:
-        same = ["--seed", str(args.seed), "--mode", args.mode, "--iterations", str(args.iterations)]
         curves[method] = curves.get(method) or learn(prepare(parse(["--method", method, *same])))
 
     report.save(figure(run, prepare(args), stages, curves), folder / "toy.png", 80)

@@ -2,8 +2,7 @@
 
 The sibling of train_image.py, step by step: the same flags and the same loop; the policy, the rewards and how results
 are shown differ. With no flag it takes the embedded default, a small real Wan that moves coloured shapes, and rewards
-that watch them. It writes before_after.mp4, .gif and .png, curves.png, tree.png,
-tree.html, and OUT/model.
+that watch them. It writes before_after.mp4, .gif and .png, curves.png, tree.png, tree.html, and OUT/model.
 """
 
 from functools import partial

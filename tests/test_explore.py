@@ -157,6 +157,13 @@ def test_a_video_run_leaves_a_page_whose_nodes_are_clips(tmp_path):
     assert len(page) < 200e3
 
 
+def test_the_committed_page_is_of_this_template():
+    """docs/tree.html is explore.html with data in it: a change of the template must not leave it behind."""
+    page = (HERE / "docs/tree.html").read_text(encoding="utf-8")
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
+    assert report.TEMPLATE.read_text(encoding="utf-8").replace(report.PLACEHOLDER, data) == page
+
+
 def test_the_page_is_small(tmp_path):
     """16 leaves at 64 x 32 pixels: below 3 MB even where all pictures are noise, which no JPEG makes small."""
     made_up(tmp_path / "tree.html", make_forest(20, 2, (0, 3, 6, 9)), size=(32, 64))
