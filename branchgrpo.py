@@ -561,6 +561,7 @@ def update(
     args,
     objective=surrogate,
     on_policy: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, float]:
     """One optimiser step on the kept edges, or other rows, of this process and of all others (Eq. 5).
 
@@ -572,6 +573,9 @@ def update(
         args: options clip, kl, micro_batch, max_grad_norm.
         objective: `surrogate`, or a function of objectives.py with its arguments and results.
         on_policy: no weight has moved since the rollout: nothing is clipped.
+        scaler: of --dtype fp16, whose smallest number is 6e-8: the gradient of one latent number would vanish. So the
+            loss is multiplied by a large scale, and the gradients of the weights, float32, are divided by it. Where
+            the scale was too large, they are not finite: then no step is made and the scale halves.
 
     Returns:
         loss, grad_norm, where there are ratios ratio_dev = max |rho - 1| and clip_frac, and kl where it is computed; {}
@@ -581,6 +585,7 @@ def update(
         NonFinite: on every process at once, before the optimiser steps.
     """
     device = next(iter(cond.values())).device  # the rows may lie elsewhere
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)  # which passes everything on as it is
     n_rows, n_terms = len(batch.x), len(batch.weight)
 
     # The divisors of both means. Forests are regular, so all processes hold equally many rows, and either all train
@@ -605,13 +610,16 @@ def update(
             kl = torch.zeros((), device=device) if kl is None else kl.sum() / total_rows
 
             # An average over processes of sums over their own edges: times their number it is the sum over all edges.
-            accelerator.backward((loss + args.kl * kl) * accelerator.num_processes)
+            accelerator.backward(scaler.scale((loss + args.kl * kl) * accelerator.num_processes))
 
         with torch.no_grad():
             away = torch.zeros(1, device=device) if ratio is None else (ratio - 1).abs()
             ratio_dev = torch.maximum(ratio_dev, away.max())
             clipped = (away > (math.inf if on_policy else args.clip)).float().sum() / n_terms
             sums += torch.stack([loss + args.kl * kl, clipped, kl])
+
+    # Gradients of the loss itself again, whose norm is clipped.
+    scaler.unscale_(optimizer)
 
     # All that is reported comes to the host in one transfer, for which it must wait before the optimiser steps. Every
     # process sees the same sums and the same norm, so all stop together or none does.
@@ -621,13 +629,17 @@ def update(
         grad_norm = grad_norm.full_tensor()
     reported = [*sums, torch.as_tensor(grad_norm, device=device), accelerator.gather(ratio_dev).max()]
     loss, clip_frac, kl, grad_norm, ratio_dev = torch.stack(reported).tolist()
+    if not math.isfinite(grad_norm) and scaler.get_scale() > 1:
+        grad_norm = 0.0  # the scale was too large: the scaler makes no step, and halves it
     if not all(map(math.isfinite, (loss, clip_frac, kl, grad_norm))):
         raise NonFinite(f"the loss ({loss}) or its gradient norm ({grad_norm}) is not finite")
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
 
     stats = {"loss": loss} | ({} if ratio is None else {"ratio_dev": ratio_dev}) | {"grad_norm": grad_norm}
     return (
         stats
         | ({} if ratio is None else {"clip_frac": clip_frac / accelerator.num_processes})
         | ({"kl": kl} if args.kl else {})
+        | ({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {})
     )

@@ -39,7 +39,7 @@ from disk import cannot_write, damage, list_files, read_json, remove, sync, writ
 from flags import HERE, MAY_CHANGE
 from preference import to_uint8
 from prompts import digest_of
-from rewards import Reward
+from rewards import Reward, own_weights, sets_of_rewards
 from schedules import noise_sharing
 from sde import sigma_schedule
 
@@ -57,13 +57,15 @@ class Run:
     prompts: list[str]
     heldout: list[str]
     rewards: dict[str, Reward]  # optimised and watched
-    weights: dict[str, float]  # optimised
+    weights: dict[str, float]  # optimised, unless prompts have rewards of their own
     optimizer: torch.optim.Optimizer | None = None
     ema: EMAModel | None = None
+    scaler: torch.amp.GradScaler | None = None  # with --dtype fp16, see branchgrpo.update
     identity: str = ""  # of the run, as its options.json and its checkpoints name it
     iteration: int = 0  # iterations done
     history: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl
     silent: dict[str, int] = field(default_factory=dict)  # prompt -> visits without spread, see prompts.py
+    own: dict[str, dict[str, float]] = field(default_factory=dict)  # with --reward-column, see rewards.own_weights
     pictures: Tensor | None = None  # of the last evaluation
     lookout: parallel.Lookout | None = None  # with several processes
 
@@ -145,7 +147,10 @@ def options_to_keep(args, prompts: list[str], heldout: list[str]) -> dict:
     """
     options = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     options = {name: same_place(value) if name in ("model", "lora_from") else value for name, value in options.items()}
-    options["sha256-of-prompts"] = digest_of(prompts, heldout)
+    texts = vars(args).get("prompt_rewards")
+    options["sha256-of-prompts"] = digest_of(prompts, heldout, texts)
+    if texts:
+        options["rewards-of-prompts"] = sets_of_rewards(own_weights(texts, args.reward), [*prompts, *heldout])
     options = json.loads(json.dumps(options))  # tuples become lists, as on disk
     out = Path(args.out)
     if args.resume is None:
@@ -154,13 +159,13 @@ def options_to_keep(args, prompts: list[str], heldout: list[str]) -> dict:
     kept = read_json(out / "options.json", "without it the run cannot be continued")
     own = checkpoints(out)
 
-    # "run" names the run, the model is compared once loaded. Options that have come since the run began keep their
-    # defaults; what this version does not know any more it cannot do.
+    # "run" names the run, the model is compared once loaded, and the hash of the prompts holds their rewards. Options
+    # that have come since the run began keep their defaults; what this version does not know any more it cannot do.
     for name in sorted(options.keys() - kept.keys()):
         if args.origin.get(name) == "given":
             raise ValueError(f"--resume: the run does not know --{name.replace('_', '-')}: leave it out")
         print(f"--resume: the run does not know --{name.replace('_', '-')}: {options[name]} is taken", file=sys.stderr)
-    compared = sorted(kept.keys() - {"run", "sha256-of-model"})
+    compared = sorted(kept.keys() - {"run", "sha256-of-model", "rewards-of-prompts"})
     for name in compared:
         if name not in options:
             unknown = f"the run has --{name.replace('_', '-')}, which is unknown here"
@@ -293,6 +298,8 @@ def save_checkpoint(run: Run) -> None:
             rows = "".join(json.dumps(row) + "\n" for row in run.history)
             (unfinished / "metrics.jsonl").write_text(rows, encoding="utf-8")
             (unfinished / "silent.json").write_text(json.dumps(run.silent), encoding="utf-8")
+            if run.scaler:
+                (unfinished / "scaler.json").write_text(json.dumps(run.scaler.state_dict()), encoding="utf-8")
             listed = {"run": run.identity, "iteration": run.iteration, "files": list_files(unfinished, MANIFEST)}
             write_durably(unfinished / MANIFEST, json.dumps(listed, indent=1))
             if final in checkpoints(run.out):
@@ -316,6 +323,8 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     run.history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if (folder / "silent.json").exists():  # checkpoints had none before --silent-prompts
         run.silent = json.loads((folder / "silent.json").read_text(encoding="utf-8"))
+    if run.scaler:
+        run.scaler.load_state_dict(json.loads((folder / "scaler.json").read_text(encoding="utf-8")))
     run.iteration = iteration_of(folder)
 
 
@@ -355,7 +364,7 @@ class Log:
         if run.args.tracker == "wandb":
             identity = hashlib.sha256(str(run.out.resolve()).encode()).hexdigest()[:16]
             settings = {"dir": run.out, "name": run.out.name, "id": identity, "resume": "allow"}
-            self.tracker = WandBTracker("branchgrpo", **settings, config=vars(run.args))
+            self.tracker = WandBTracker("branchgrpo", **settings, config=vars(run.args) | {"prompt_rewards": None})
         else:
             self.tracker = TensorBoardTracker("tensorboard", run.out, purge_step=run.iteration + 1)
         self.tracker.start()

@@ -3,7 +3,8 @@
 What a flag leaves open is decided here, once, and printed with where it comes from. DEFAULTS_IMAGE and DEFAULTS_VIDEO
 have two values for each such flag: the one tuned for the embedded models of tiny/ (LAB.md has the runs), and for any
 other checkpoint that of the paper (arXiv:2509.06040) or of the method's authors: a value tuned on 4 million parameters
-says nothing about FLUX.1-dev. docs/defaults.md says why each value is what it is.
+says nothing about FLUX.1-dev. What the checkpoint itself says, its shift and its usual guidance, goes before the table.
+docs/defaults.md says why each value is what it is.
 
 1. parser      all flags; those with two values are None until they are resolved
 2. resolve     method, tree, steps, windows, rates: what was given stays, the rest is filled in
@@ -21,7 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from objectives import OBJECTIVES, ON_LEAVES, rows_per_prompt
-from rewards import REWARDS, parse_weights
+from pretrained import QUESTION
+from rewards import REWARDS, own_weights, parse_weights, sets_of_rewards
 from schedules import AUTO, DANCE_STEPS, METHODS, TREES, WINDOWED, schedule_of
 from sde import STEPS
 from tree import ADVANTAGES, count, keep_chosen, make_forest, parse_splits, spread_splits
@@ -30,11 +32,13 @@ HERE = Path(__file__).parent
 TREE_FLAGS = ("branch", "splits", "roots", "branch_noise", "width_prune", "depth_prune")
 PRUNE_FLAGS = ("width_prune", "depth_prune", "depth_every", "depth_stop", "size_prune")
 BARE = -1  # a flag given without its value
+BY_CHECKPOINT = ("shift", "guidance")
 MAY_CHANGE = (  # between a run and its resumption
     *("resume", "out", "eval_every", "save_every", "keep", "tracker", "device", "fsdp", "micro_batch", "compile"),
     *("gradient_checkpointing", "text_offload", "text_cache", "tree_offload", "reward_offload", "reward_batch"),
     *("reward_weights", "prompts", "eval_prompts"),  # where they lie; a hash of the prompts themselves is compared
     "origin",  # of each value: given, tuned, the paper, ...
+    "prompt_rewards",  # prompt -> its field --reward-column; the hash of the prompts covers them
 )
 
 
@@ -79,12 +83,15 @@ DEFAULTS_VIDEO = (
         "height": Default(32, 480, "Wan2.1's model card"),
         "width": Default(32, 832, "Wan2.1's model card"),
         "frames": Default(9, 33, "a third of Wan2.1's 81, to fit"),
+        "fps": Default(8, 16, "Wan2.1's model card"),
         "guidance": Default(1.0, 5.0, "Wan2.1's model card"),
         "reward": Default("motion:1,colour:1", "videoalign-mq"),
         "iterations": Default(200, 300),
     }
 )
 FOLLOWS = {  # what becomes of flags whose value follows from others, for their help
+    "shift": "3.0 for the embedded model, else that of the checkpoint's scheduler",
+    "guidance": "tuned for the embedded model, else the usual one of the model, see docs/models.md",
     "method": "branchgrpo; branchgrpo-mix with --mix, or on the embedded model unpruned",
     "mix": "T/5, also where the flag is bare (paper: 4 of 20); 0 on the embedded model",
     "depth_every": "it sweeps once on the embedded model, else 30 (paper)",
@@ -207,7 +214,7 @@ def adder(group, defaults: dict[str, Default | str]):
 
     def add(flag: str, help: str, **options) -> None:
         name = flag.removeprefix("--").replace("-", "_")
-        note = defaults.get(name) or FOLLOWS.get(name)
+        note = FOLLOWS.get(name) or defaults.get(name)
         if note:
             help, options = f"{help}; default: {note}", options | {"default": None}
         group.add_argument(flag, help=help.replace("%", "%%"), **options)
@@ -239,7 +246,9 @@ def parser(description: str, video: bool = False) -> Parser:
     g("--width", type=PIXELS, help="pixels")
     if video:
         g("--frames", type=COUNT, help="of a video, 4k + 1")
-    g("--guidance", type=NOT_NEGATIVE, help="scale; 1 is none")
+        rate = number(float, 0, 100, above=True)  # a GIF counts in hundredths of a second
+        g("--fps", type=rate, help="frames per second at which videos are written, and rated by VideoAlign")
+    g("--guidance", type=NOT_NEGATIVE, help="scale as the model's pipeline counts it; 1 is none, for Z-Image 0")
     g("--lora", type=FROM_ZERO, default=0, help="LoRA rank, alpha = 2 rank; 0 trains all weights (Flow-GRPO: 64)")
     g(
         "--lora-from",
@@ -276,7 +285,7 @@ def add_memory_flags(g) -> None:
 
     None but --dtype, --nf4, --vae-tiling and in bf16 --fsdp changes the result beyond rounding.
     """
-    g("--dtype", choices=("fp32", "bf16"), help="bf16: autocast over fp32 master weights")
+    g("--dtype", choices=("fp32", "bf16", "fp16"), help="bf16, for SD3 also fp16: autocast over fp32 master weights")
     g("--micro-batch", type=FROM_ZERO, help="most nodes in one transformer call; 0 is no limit")
     g("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     packed = {"action": argparse.BooleanOptionalAction, "default": False}
@@ -363,11 +372,14 @@ def add_credit_flags(steps, g) -> None:
 def add_reward_flags(g) -> None:
     """What the leaves are scored by, optimised or only watched, and how preference models are run."""
     g("--reward", help=f"name:weight,... of {', '.join(REWARDS)}")
+    own = "field of the records of --prompts and --eval-prompts with each prompt's own rewards, written as in --reward"
+    g("--reward-column", metavar="FIELD", help=f"{own}; where it is empty, and by default, --reward serves")
     g("--reward-mix", choices=("reward", "advantage"), default="reward", help="what is summed, see loop.py")
     g("--reward-weights", metavar="DIR", help="folder of preference models' REPOSITORY/FILE; default: the hub's cache")
     g("--reward-dtype", choices=("fp32", "bf16"), default="fp32", help="of preference models")
     g("--reward-batch", type=COUNT, default=32, help="pictures at a time in a preference model")
     g("--reward-offload", action="store_true", help="preference models wait on the CPU between scorings")
+    g("--reward-question", metavar="TEXT", default=QUESTION, help="what vlm asks; {prompt} is the prompt's place")
     g("--watch", default="auto", help="rewards to measure only; auto: ocr, colour, motion where all prompts allow")
 
 
@@ -392,8 +404,12 @@ def add_optimisation_flags(g) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- resolve
-def resolve(args) -> None:
+def resolve(args, checkpoint=None) -> None:
     """Check all flags and fill in what was left open, before any long work.
+
+    Args:
+        checkpoint: called with the options, returns what the checkpoint says, name -> (value, origin); see
+            `models.checkpoint_values`. None, and for the embedded model: the table alone.
 
     Raises:
         ValueError: one sentence: the flag, the value, what is allowed.
@@ -401,10 +417,20 @@ def resolve(args) -> None:
     embedded = is_embedded(args)
     tuned = f"tuned on tiny/{kind_of(args)}"
 
-    # What stands in the table.
-    for name, default in (DEFAULTS_VIDEO if hasattr(args, "frames") else DEFAULTS_IMAGE).items():
-        same = default.embedded == default.other
-        fill(args, name, *((default.embedded, tuned) if embedded and not same else (default.other, default.source)))
+    # What stands in the table. What the checkpoint says goes before it, and may depend on size and steps.
+    table = DEFAULTS_VIDEO if hasattr(args, "frames") else DEFAULTS_IMAGE
+
+    def fill_from_table(names) -> None:
+        for name in names:
+            default = table[name]
+            same = default.embedded == default.other
+            fill(args, name, *((default.embedded, tuned) if embedded and not same else (default.other, default.source)))
+
+    fill_from_table([name for name in table if name not in BY_CHECKPOINT])
+    if checkpoint and not embedded:
+        for name, (value, origin) in checkpoint(args).items():
+            fill(args, name, value, origin)
+    fill_from_table(BY_CHECKPOINT)
 
     # What follows from other flags.
     resolve_tree(args, embedded, tuned)
@@ -538,6 +564,8 @@ def check(args) -> None:
         raise ValueError("--lora-from goes with --lora RANK, the rank of that LoRA")
     if args.nf4 and not args.lora:
         raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
+    if args.dtype == "fp16" and args.fsdp:
+        raise ValueError("--dtype fp16 does not go with --fsdp: give bf16, which needs no scaling of the loss")
     if args.nf4 and args.fsdp:
         raise ValueError("--nf4 does not go with --fsdp: packed weights cannot be split")
 
@@ -608,7 +636,9 @@ def unpruned_command(args) -> str:
 
 def describe(args, prompts: list[str], heldout: list[str]) -> str:
     """The resolved options with their origin, and the derived counts with their formula, as printed at the start."""
-    options = {name: value for name, value in vars(args).items() if value is not None and name != "origin"}
+    own = own_weights(vars(args).get("prompt_rewards"), args.reward)
+    hidden = ("origin", "prompt_rewards")
+    options = {name: value for name, value in vars(args).items() if value is not None and name not in hidden}
     rows = []
     for name, value in sorted(options.items()):
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -618,6 +648,7 @@ def describe(args, prompts: list[str], heldout: list[str]) -> str:
     n, trained = count(forest), rows_per_prompt(args, forest, keep_chosen(forest, 1))
     rows += [
         f"prompts        {len(prompts)} to train on, {len(heldout)} held out",
+        *(f"rewards        prompts with {s}: {n}" for s, n in sets_of_rewards(own, [*prompts, *heldout]).items()),
         f"leaves         {p} prompts x {n['leaves']} = {p * n['leaves']} per iteration",
         f"nodes          {p} x {n['nodes']}, edges {p} x {n['edges']} (sums over depths of the nodes per depth)",
         f"forwards       {p} x {n['forwards']} = {p * n['forwards']} (every node but the leaves)",

@@ -1,18 +1,20 @@
 """What a run costs on a GPU, by arithmetic: model evaluations, FLOPs, memory, seconds. No weights, no hub, no GPU.
 
     python train_image.py --plan flux1-dev --gpu h100 --gpus 8 --fsdp
+    python train_image.py --plan sd3.5-medium --gpu a100-80gb --lora 32
     python train_video.py --plan wan2.1-1.3b --gpu rtx4090 --lora 64 --gradient-checkpointing
 
 Idea: an iteration's cost is known before it runs. Its forest says how often the transformer is called, the
 transformer's width and depth say what one call takes, and the switches of memory say what must be held meanwhile.
 
 1. ARCHITECTURES, GPUS, METHODS   figures of checkpoints and cards with their source; the rows of the paper's Table 1
-2. counted, seconds               forwards and trained parents of an iteration, and what they take
-3. memory                         bytes on each GPU, by component
-4. report                         a table of the methods, the command's own among them, and the memory of that one
+2. block_flops, ..._flops         what one forward takes, from the widths and depths of each architecture
+3. counted, seconds               forwards and trained parents of an iteration, and what they take
+4. memory                         bytes on each GPU, by component
+5. report                         a table of the methods, the command's own among them, and the memory of that one
 
 Assumptions. A multiplication and an addition are two FLOPs, so an (m, k) by (k, n) product is 2 m n k. Only matrix
-products are counted, as torch's own counter does, with which tests/test_hardware.py compares both architectures; norms
+products are counted, as torch's own counter does, with which tests/test_hardware.py compares every architecture; norms
 and activation functions add little. Peak rates are the makers', dense bf16 with float32 sums; `--utilisation` is
 the fraction of them that a run reaches, 0.4 unless you have measured it. A plan in float32 takes the bf16 rate too: it
 says what autocast would take.
@@ -34,7 +36,6 @@ from schedules import kept_edges, schedule_of
 from tree import count
 
 GIB = 2**30
-TEXT = 512  # tokens of text, to which both architectures pad every prompt
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -45,27 +46,42 @@ class Architecture:
 
     parameters: int  # of the transformer
     tokens: Callable  # of one picture or video, from the options
-    flops: Callable  # of one forward of one picture or video, from its tokens
+    text: int  # tokens of text, to which every prompt is padded; of Z-Image the most that a prompt may have
+    flops: Callable  # of one forward of one picture or video, from its tokens and those of text
     width: int  # D, the channels of a token inside the transformer
-    blocks: int  # of the transformer
+    blocks: int  # of the transformer, that every token passes
     block: int  # parameters of its largest block
     saved: tuple[int, int]  # bytes that autograd keeps per token, channel and block, bf16: all weights trained, a LoRA
     lora: int  # parameters of a LoRA of rank r are lora * r * width
+    guidance: float  # the usual --guidance
+    guidance_of_none: float | None  # the --guidance that asks for one forward per velocity; None: every one does
     frozen: dict[str, int]  # parameters of the parts that are never trained
-    video: bool
+    encoding: int  # numbers that the widest text encoder holds per token of text, at most
+    position_table: int = 0  # numbers of a table that the transformer looks places up in; not trained, split or packed
+    video: bool = False
 
 
-def flux_flops(tokens: int, text: int = TEXT) -> float:
-    """FLOPs of one forward of FLUX.1-dev: 19 double and 38 single blocks of width d.
+def block_flops(tokens: int, d: int, hidden: int, matrices: int = 2) -> float:
+    """FLOPs of one transformer block of width d, whose `tokens` tokens all attend to one another.
 
-    A linear layer with w weights takes 2 w per token. Both kinds of block have 12 d^2 weights per token: a double
-    block 4 d^2 in attention (queries, keys, values, output) and 8 d^2 in its feed-forward (d to 4d and back), for text
-    and picture separately; a single block computes both at once, 7 d^2 in and 5 d^2 out. Attention over n tokens takes
-    4 n^2 d: n^2 products of length d for the scores, and as many again to mix the values. Text and picture attend to
-    one another, so n is their sum.
+    A linear layer with w weights takes 2 w per token. Attention has 4 d^2 of them (queries, keys, values, output), a
+    feed-forward `matrices` times d hidden: in and out, and a third matrix where it has a gate. Attention over n tokens
+    takes 4 n^2 d: n^2 products of length d for the scores, and as many again to mix the values.
+
+    Where text and picture have layers of their own, every token still passes one set of them, and the count is the
+    same. So it is where one layer computes queries, keys, values and the way into the feed-forward at once.
     """
-    d, n = 3072, tokens + text
-    blocks = 57 * (2 * 12 * d**2 * n + 4 * n**2 * d)  # linear layers, attention
+    weights = 4 * d**2 + matrices * d * hidden
+    return 2 * weights * tokens + 4 * tokens**2 * d
+
+
+def flux_flops(tokens: int, text: int) -> float:
+    """FLOPs of one forward of FLUX.1-dev: 19 double and 38 single blocks, over text and picture together.
+
+    Double blocks have layers of their own for the text; single ones compute attention and feed-forward side by side.
+    """
+    d = 3072
+    blocks = 57 * block_flops(tokens + text, d, 4 * d)
 
     # Once per forward, not per token. Modulation: shifts, scales and gates from the time embedding, 12 d outputs per
     # double block, 3 d per single one, 2 d for the last norm; and three embeddings (time 256, guidance 256, pooled
@@ -76,48 +92,160 @@ def flux_flops(tokens: int, text: int = TEXT) -> float:
     return blocks + once + 2 * d * (2 * 64 * tokens + 4096 * text)
 
 
-def wan_flops(tokens: int, text: int = TEXT) -> float:
-    """FLOPs of one forward of Wan2.1-T2V-1.3B: 30 blocks of width d with a feed-forward of width f.
+def sd3_flops(tokens: int, text: int) -> float:
+    """FLOPs of one forward of SD3.5-medium: 24 blocks, each with layers of their own for the text.
 
-    Per video token 4 d^2 weights in attention to the video, 2 d^2 in attention to the text (queries and output; keys
-    and values are the text tokens' 2 d^2), and 2 d f in the feed-forward. Attention takes 4 n^2 d among the n video
-    tokens and 4 n m d from them to the m text tokens.
+    In the first 13 the picture attends to itself once more. After the last nobody reads the text, so that this block
+    computes neither its output of attention (d^2) nor its feed-forward (8 d^2).
     """
-    d, f = 1536, 8960
-    linear = 2 * tokens * (6 * d**2 + 2 * d * f) + 2 * text * 2 * d**2
-    attention = 4 * tokens * d * (tokens + text)
+    d = 1536
+    blocks = 24 * block_flops(tokens + text, d, 4 * d) - 2 * 9 * d**2 * text
+    blocks += 13 * block_flops(tokens, d, hidden=0)
 
-    # Once: patches of 64 numbers in and out, the text's embedding of two layers, and the time's, which ends in 6 d
-    # numbers for the modulation.
+    # Modulation, once per forward: 6 d outputs per stream and block, 3 d more where there is a second attention, 2 d
+    # for the text of the last block and for the last norm; and the embeddings of the time (256 channels) and of the
+    # pooled text (2048).
+    once = 2 * d**2 * (24 * 6 + 13 * 3 + 23 * 6 + 2 + 2 + 2) + 2 * d * (256 + 2048)
+
+    # The way in and out: 64 channels per picture token both times, 4096 per text token.
+    return blocks + once + 2 * d * (2 * 64 * tokens + 4096 * text)
+
+
+def flux2_flops(tokens: int, text: int) -> float:
+    """FLOPs of one forward of FLUX.2-klein-4B: 5 double and 20 single blocks, with gated feed-forwards 3 d wide."""
+    d = 3072
+    blocks = 25 * block_flops(tokens + text, d, 3 * d, matrices=3)
+
+    # Once per forward. All blocks of a kind share one modulation: 6 d outputs for the picture and 6 d for the text of
+    # the double ones, 3 d for the single ones, 2 d for the last norm; and the embedding of the time.
+    once = 2 * d**2 * (6 + 6 + 3 + 2 + 1) + 2 * d * 256
+
+    # The way in and out: 128 channels per picture token both times, 7680 per text token, three layers of Qwen3's.
+    return blocks + once + 2 * d * (2 * 128 * tokens + 7680 * text)
+
+
+def z_image_flops(tokens: int, text: int) -> float:
+    """FLOPs of one forward of Z-Image: 30 blocks over picture and text together, with gated feed-forwards.
+
+    Before them the picture passes two blocks by itself, and so does the text.
+    """
+    d, hidden = 3840, 10240
+    blocks = 30 * block_flops(tokens + text, d, hidden, matrices=3)
+    blocks += 2 * block_flops(tokens, d, hidden, matrices=3) + 2 * block_flops(text, d, hidden, matrices=3)
+
+    # Once per forward: the embedding of the time (256 channels to 1024 to 256), and the modulation that follows from
+    # it, 4 d outputs per block that is not the text's, and d for the last norm.
+    once = 2 * 2 * 256 * 1024 + 2 * 256 * d * (32 * 4 + 1)
+
+    # The way in: 64 channels per picture token, 2560 per text token. The way out is computed for the text, too.
+    return blocks + once + 2 * d * (64 * tokens + 2560 * text + 64 * (tokens + text))
+
+
+def wan_flops(tokens: int, text: int) -> float:
+    """FLOPs of one forward of Wan2.1-T2V-1.3B: 30 blocks of the video, which also attends to the text.
+
+    For that a video token passes 2 d^2 weights more (queries and output), a text token 2 d^2 (keys and values), and
+    attention from n video tokens to m text tokens takes 4 n m d.
+    """
+    d = 1536
+    to_text = 2 * 2 * d**2 * (tokens + text) + 4 * tokens * text * d
+    blocks = 30 * (block_flops(tokens, d, 8960) + to_text)
+
+    # Patches of 64 numbers in and out, the text's embedding of two layers, and the time's, which ends in 6 d numbers
+    # for the modulation.
     outside = 2 * tokens * d * 2 * 64 + 2 * text * (4096 * d + d**2) + 2 * (256 * d + d**2 + 6 * d**2)
-    return 30 * (linear + attention) + outside
+    return blocks + outside
 
 
-# A LoRA of rank r on a layer from d to d has 2 d r parameters. Per block: FLUX has 8 such layers in a double one and 3
-# in a single one, Wan has 8.
+def picture_tokens(args) -> int:
+    """Tokens of a picture, each of which covers 16 x 16 pixels: the VAE's factor 8 times a patch of 2."""
+    return (args.height // 16) * (args.width // 16)
+
+
+# A LoRA of rank r on a layer from a to b channels has (a + b) r parameters, 2 d r on one from d to d. FLUX.1 has 8 such
+# layers in a double block and 3 in a single one, Wan 8. SD3 has 8 per block, but 7 in the last, and 4 in each second
+# attention; Z-Image 4 in each of its 34 blocks. A single block of FLUX.2 has two layers, from d to 9 d and from 4 d to
+# d.
+#
+# What an encoder holds at most: T5 and UMT5 five tensors of their feed-forward's width (10240) and some of their own
+# (4096), UMT5 also its mask with a bias for every head; Qwen3 the states of all 36 layers (2560), which the pipelines
+# ask for, and for Z-Image their keys and values, for FLUX.2 the logits of 151,936 words.
 ARCHITECTURES = {
     "flux1-dev": Architecture(
         parameters=11_901_408_320,
-        tokens=lambda args: (args.height // 16) * (args.width // 16),
+        tokens=picture_tokens,
+        text=512,
         flops=flux_flops,
         width=3072,
         blocks=57,
         block=339_831_296,
         saved=(63, 35),
         lora=19 * 16 + 38 * 6,
+        guidance=3.5,
+        guidance_of_none=None,
         frozen={"T5-XXL": 4_762_310_656, "CLIP-L": 123_060_480, "VAE": 83_819_683},
-        video=False,
+        encoding=58_368,
+    ),
+    "sd3.5-medium": Architecture(
+        parameters=2_243_171_520,
+        tokens=picture_tokens,
+        text=77 + 256,
+        flops=sd3_flops,
+        width=1536,
+        blocks=24,
+        block=101_506_944,
+        saved=(95, 59),
+        lora=23 * 16 + 14 + 13 * 8,
+        guidance=4.5,
+        guidance_of_none=1.0,
+        frozen={"T5-XXL": 4_762_310_656, "OpenCLIP-bigG": 694_659_840, "CLIP-L": 123_650_304, "VAE": 83_819_683},
+        encoding=58_368,
+        position_table=384 * 384 * 1536,
+    ),
+    "flux2-klein-4b": Architecture(
+        parameters=3_875_544_576,
+        tokens=picture_tokens,
+        text=512,
+        flops=flux2_flops,
+        width=3072,
+        blocks=25,
+        block=245_367_296,
+        saved=(68, 51),
+        lora=5 * 16 + 20 * (10 + 5),
+        guidance=1.0,
+        guidance_of_none=None,
+        frozen={"Qwen3-4B": 4_022_468_096, "VAE": 84_046_115},
+        encoding=262_016,
+    ),
+    "z-image": Architecture(
+        parameters=6_154_908_736,
+        tokens=lambda args: -(-picture_tokens(args) // 32) * 32,  # padded to a multiple of 32
+        text=512,
+        flops=z_image_flops,
+        width=3840,
+        blocks=2 + 30,
+        block=180_910_336,
+        saved=(114, 69),
+        lora=34 * 8,
+        guidance=5.0,
+        guidance_of_none=0.0,
+        frozen={"Qwen3-4B": 4_022_468_096, "VAE": 83_819_683},
+        encoding=200_457,
     ),
     "wan2.1-1.3b": Architecture(
         parameters=1_418_996_800,
-        tokens=lambda args: ((args.frames - 1) // 4 + 1) * (args.height // 16) * (args.width // 16),
+        tokens=lambda args: ((args.frames - 1) // 4 + 1) * picture_tokens(args),
+        text=512,
         flops=wan_flops,
         width=1536,
         blocks=30,
         block=46_440_704,
         saved=(92, 57),
         lora=30 * 16,
+        guidance=5.0,
+        guidance_of_none=1.0,
         frozen={"UMT5-XXL": 5_680_910_336, "VAE": 126_892_531},
+        encoding=91_392,
         video=True,
     ),
 }
@@ -147,7 +275,7 @@ METHODS = {
     "Mix, splits alone, flash 4": ("--method branchgrpo-mix --mix 0 --flash 4", None, None),
 }
 CLIPS = {"hpsv2": 986e6, "pickscore": 986e6, "clip": 428e6, "aesthetic": 428e6}
-REWARDS = CLIPS | {"imagereward": 447e6, "videoalign": 2.3e9}  # parameters
+REWARDS = CLIPS | {"imagereward": 447e6, "videoalign": 2.3e9, "vlm": 3.75e9, "vlm-7b": 8.29e9}  # parameters
 
 
 # ------------------------------------------------------------------------------------------------------ counts, seconds
@@ -223,8 +351,11 @@ def paper_errors() -> tuple[float, dict[str, float]]:
 
 # --------------------------------------------------------------------------------------------------------------- memory
 def forwards_per_velocity(args) -> int:
-    """Two with classifier-free guidance, of which FLUX.1-dev needs none: guidance is an input of the model."""
-    return 2 if args.plan.startswith("wan") and args.guidance != 1 else 1
+    """Two with classifier-free guidance, one with the prompt and one without it; else one.
+
+    FLUX.1-dev takes the scale as an input, and FLUX.2-klein was distilled from a guided model: neither needs a second.
+    """
+    return 1 if ARCHITECTURES[args.plan].guidance_of_none in (None, args.guidance) else 2
 
 
 def activations(args, gpus: int) -> float:
@@ -234,7 +365,7 @@ def activations(args, gpus: int) -> float:
     # Rows of that call: a micro-batch of parents, or all parents of an update where there are fewer.
     parents = counted(args, 0)["trained_parents"] * (args.prompts_per_iteration // gpus) // args.updates
     rows = min(args.micro_batch or parents, parents) * forwards_per_velocity(args)
-    channels = rows * (arch.tokens(args) + TEXT) * arch.width  # numbers in one tensor of the width of the model
+    channels = rows * (arch.tokens(args) + arch.text) * arch.width  # numbers in one tensor of the width of the model
 
     # `saved` was counted in bf16, so float32 takes twice that. Layers packed in 4 bits return what they are given, and
     # latents are float32.
@@ -250,13 +381,14 @@ def activations(args, gpus: int) -> float:
 def memory(args, gpus: int) -> dict[str, float]:
     """Bytes on each GPU, by component; `activations` are those of the largest call with gradient."""
     arch = ARCHITECTURES[args.plan]
-    bytes_each = 2 if args.dtype == "bf16" else 4  # of a weight that computes
+    bytes_each = 4 if args.dtype == "fp32" else 2  # of a weight that computes
     pieces = gpus if args.fsdp else 1  # FSDP splits weights, gradients and moments; DDP copies them
     trained = args.lora * arch.lora * arch.width if args.lora else arch.parameters
 
     # Reward models: one per name, so videoalign-vq and videoalign-mq are one. The automatic watch takes none of them.
     watched = {} if args.watch == "auto" else parse_weights(args.watch, "--watch")
-    models = {name.partition("-")[0] for name in parse_weights(args.reward, "--reward") | watched}
+    names = parse_weights(args.reward, "--reward") | watched
+    models = {name if name in REWARDS else name.partition("-")[0] for name in names}
     reward_bytes = (2 if args.reward_dtype == "bf16" else 4) * sum(REWARDS.get(name, 0) for name in models)
 
     # What lies on the GPU all the time. NF4 takes 4 bits per weight, and a float32 scale per 64 weights: 4.5.
@@ -265,6 +397,7 @@ def memory(args, gpus: int) -> dict[str, float]:
         "weights, frozen": frozen_bytes * arch.parameters / pieces if args.lora else 0,
         "weights, trained, fp32": 4 * trained / pieces,
         "reference weights": bytes_each * arch.parameters / pieces if args.kl and not args.lora else 0,
+        "table of positions": bytes_each * arch.position_table,
         "reward models": 0 if args.reward_offload else reward_bytes,
     }
     for name, parameters in arch.frozen.items():
@@ -293,13 +426,13 @@ def memory_while_encoding(args, components: dict[str, float]) -> float:
     Args:
         components: from `memory`.
     """
-    early = ("weights, frozen", "weights, trained, fp32", "reference weights", "reward models", "VAE")
-    encoders = sum(n for name, n in ARCHITECTURES[args.plan].frozen.items() if name != "VAE")
+    arch = ARCHITECTURES[args.plan]
+    early = ("weights, frozen", "weights, trained, fp32", "reference weights", "table of positions", "reward models")
+    held = sum(components[name] for name in (*early, "VAE"))
 
-    # What T5's widest layer makes of 32 prompts: three tensors of its feed-forward's width (two branches and their
-    # product), four of its own.
-    encoders += 32 * TEXT * (3 * 10240 + 4 * 4096)
-    return sum(components[name] for name in early) + (2 if args.dtype == "bf16" else 4) * encoders
+    # The encoders' parameters, and what they make of 32 prompts at a time (policy.py).
+    encoders = sum(n for name, n in arch.frozen.items() if name != "VAE") + 32 * arch.text * arch.encoding
+    return held + (4 if args.dtype == "fp32" else 2) * encoders
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -319,6 +452,14 @@ def parse(parser, argv: list[str] | None):
     if hasattr(args, "frames") != video:
         raise ValueError(f"--plan {args.plan} goes with train_{'video' if video else 'image'}.py")
     return args
+
+
+def planned_values(args) -> dict[str, tuple[float, str]]:
+    """What --guidance becomes where a plan's command does not give it: name -> value, and where it comes from.
+
+    It stands in for `models.checkpoint_values`, which would read the checkpoint.
+    """
+    return {"guidance": (ARCHITECTURES[args.plan].guidance, f"usual for {args.plan}")}
 
 
 def variant(args, text: str):
@@ -372,7 +513,7 @@ def call_seconds(args) -> tuple[float, int]:
     """What calls of one node cost: seconds of a forward, and how many forwards one with its backward takes."""
     # One velocity of one node: its FLOPs over the rate that is reached.
     arch, (rate, _) = ARCHITECTURES[args.plan], GPUS[args.gpu]
-    forward = arch.flops(arch.tokens(args)) * forwards_per_velocity(args) / (rate * args.utilisation)
+    forward = arch.flops(arch.tokens(args), arch.text) * forwards_per_velocity(args) / (rate * args.utilisation)
 
     # With backward, in forwards: 1, and 1 for the gradients of the activations, and 1 for those of the weights, of
     # which a LoRA has hardly any. Checkpointing repeats the forward, and the KL term asks the reference model too.
@@ -390,12 +531,13 @@ def report(args) -> str:
 
     arch, (rate, _) = ARCHITECTURES[args.plan], GPUS[args.gpu]
     tokens, prompts = arch.tokens(args), args.prompts_per_iteration // args.gpus
-    tflop = arch.flops(tokens) * forwards_per_velocity(args) / 1e12
+    forwards = forwards_per_velocity(args)
+    tflop = arch.flops(tokens, arch.text) * forwards / 1e12
     seconds_per_forward, factor = call_seconds(args)
     rows = method_rows(args, lambda b: seconds_per_forward * b, lambda b: factor * seconds_per_forward * b)
     lines = [
-        f"{args.plan}: {arch.parameters / 1e9:.2f}B parameters, {tokens} tokens + {TEXT} of text,"
-        f" {tflop:.2f} TFLOP per forward",
+        f"{args.plan}: {arch.parameters / 1e9:.2f}B parameters, {tokens} tokens + {arch.text} of text,"
+        f" {tflop:.2f} TFLOP per forward{', with and without the prompt' * (forwards == 2)}",
         f"{args.gpus} x {args.gpu}: {rate / 1e12:.0f} TFLOP/s, of which a fraction of {args.utilisation:g} is reached:"
         f" {seconds_per_forward:.3f} seconds per forward, {factor} times that with its backward",
         f"{args.prompts_per_iteration} prompts x {args.leaves} leaves per iteration; prompts per GPU: {prompts}",

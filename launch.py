@@ -127,7 +127,7 @@ def check_same_options(args, prompts: list[str], heldout: list[str]) -> None:
         ValueError: on every process, naming the first flag that differs.
     """
     own = {name: value for name, value in vars(args).items() if name != "origin"}
-    own["prompts"] = digest_of(prompts, heldout)
+    own["prompts"] = digest_of(prompts, heldout, own.pop("prompt_rewards", None))
     everyone = gather_object([own])
     for rank, options in enumerate(everyone):
         for name, value in options.items():
@@ -319,12 +319,16 @@ def prepare(args, accelerator: Accelerator, load_policy, shape: tuple[int, ...],
         ValueError: if the processes do not share the prompts evenly, or rewards or policy cannot be loaded.
     """
     check_processes(args, accelerator)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
     # Rewards first: they are tried on every prompt and on one blank picture before the policy is loaded.
-    reward_dtype = dtypes[args.reward_dtype]
-    setup = R.Setup(args.reward_weights, accelerator.device, reward_dtype, args.reward_offload, args.reward_batch)
-    rewards, weights = R.load_rewards(args.reward, args.watch, [*prompts, *heldout], torch.ones(1, *shape), setup)
+    where = (args.reward_weights, accelerator.device, dtypes[args.reward_dtype])
+    rate = vars(args).get("fps", R.DEFAULT.fps)  # pictures have none
+    setup = R.Setup(*where, args.reward_offload, args.reward_batch, args.reward_question, rate)
+    blank, every_prompt = torch.ones(1, *shape), [*prompts, *heldout]
+    watched = R.watched_names(args.watch, every_prompt, video=blank.ndim == 5)
+    by_prompt = R.own_weights(args.prompt_rewards, args.reward, watched)
+    rewards, weights = R.load_rewards(args.reward, args.watch, every_prompt, blank, setup, by_prompt)
 
     policy = load_policy(
         dtype=dtypes[args.dtype],
@@ -352,13 +356,15 @@ def prepare(args, accelerator: Accelerator, load_policy, shape: tuple[int, ...],
 
     # min_decay = decay switches diffusers' warm-up off: the average has
     # the decay that was asked for from the first step.
-    run = Run(args, accelerator, policy, prompts, heldout, rewards, weights)
+    run = Run(args, accelerator, policy, prompts, heldout, rewards, weights, own=by_prompt)
 
     # One kernel for all weights where there is one, which also saves AdamW's temporary. On the CPU it would change
     # the last bits of every result, so there it stays off.
     fused = accelerator.device.type == "cuda"
     optimizer = torch.optim.AdamW(policy.trainable(), lr=args.lr, weight_decay=args.weight_decay, fused=fused or None)
     run.ema = EMAModel(policy.trainable(), decay=args.ema, min_decay=args.ema) if args.ema else None
+
+    run.scaler = torch.amp.GradScaler(accelerator.device.type) if args.dtype == "fp16" else None
 
     # DDP is accelerate's; with --fsdp the policy has sharded its transformer already.
     if not args.fsdp:

@@ -53,7 +53,7 @@ EVAL_KEY = 2**31  # keys the held-out noises; the same for every seed, so runs a
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 def score(run: Run, latents: Tensor, pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """`rewards.score` of this process's pictures, if they are numbers at all.
+    """`rewards.score_own` of this process's pictures, if they are numbers at all.
 
     Args:
         latents: that the pictures were decoded from.
@@ -67,7 +67,7 @@ def score(run: Run, latents: Tensor, pictures: Tensor, prompts: list[str]) -> di
     together(f"the policy's {bad[0]} are not finite: they cannot be scored" if bad else None, NonFinite)
     scores, error = {}, None
     try:
-        scores = R.score(run.rewards, pictures, prompts)
+        scores = R.score_own(run.rewards, pictures, prompts, run.own)
     except R.CannotScore as raised:
         error = raised
     run.at("rewards of all processes")
@@ -126,6 +126,7 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
         means (heldout_reward, heldout_exact, heldout_NAME), and of this process's pictures the first `show`
         (show, 3, H, W); on the main process these are the first pairs.
         heldout_exact is the fraction of pictures whose ocr score is 1, absent without ocr.
+        heldout_NAME is the mean over the pairs whose prompts have that reward, absent where none has.
     """
     acc, size = run.accelerator, run.args.eval_size
     run.at(f"evaluation after iteration {run.iteration}")
@@ -134,41 +135,62 @@ def evaluate(run: Run, show: int = 24) -> tuple[dict[str, float], Tensor]:
     # each takes 3, and the last two numbers, 10 and 11, are walked but not counted.
     per_process = -(-size // acc.num_processes)
     numbers = range(acc.process_index * per_process, (acc.process_index + 1) * per_process)
-    _, scores, pictures = generate(run, numbers)
+    prompts, scores, pictures = generate(run, numbers)
 
-    # One row of scores per counted pair, from all processes.
-    own_rows = [{name: float(scores[name][j]) for name in scores} for j, i in enumerate(numbers) if i < size]
+    # One row of scores per counted pair, from all processes: of the rewards that its prompt has.
+    counted = prompts[: max(0, size - numbers.start)]
+    own_rows = [
+        {name: float(s[j]) for name, s in scores.items() if name in run.own.get(p, scores)}
+        for j, p in enumerate(counted)
+    ]
     rows = gather_object(own_rows)
-    means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
+    by_name = {name: [row[name] for row in rows if name in row] for name in scores}
+    means = {name: float(np.mean(values)) for name, values in by_name.items() if values}
     shown = (pictures[: min(show, size)] * 255).round().byte() / 255  # the main process shows what it has itself
 
-    result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
+    # The mean of a sum is the sum of the means, unless prompts have rewards of their own: then each pair has its sum.
+    # Processes take consecutive pairs, so the gathered rows stand in the order of the pairs.
+    if run.own:
+        weights = [run.own[run.heldout[i % len(run.heldout)]] for i in range(size)]
+        sums = [sum(w * row[name] for name, w in own.items() if w) for own, row in zip(weights, rows, strict=True)]
+        result = {"heldout_reward": float(np.mean(sums))}
+    else:
+        result = {"heldout_reward": sum(w * means[name] for name, w in run.weights.items())}
     if "ocr" in means:
-        result["heldout_exact"] = float(np.mean([row["ocr"] == 1 for row in rows]))
+        result["heldout_exact"] = float(np.mean([score == 1 for score in by_name["ocr"]]))
     return result | {f"heldout_{name}": value for name, value in means.items()}, shown
 
 
 # ----------------------------------------------------------------------------------------------------------- iteration
-def credit_leaves(run: Run, out: Rollout, forest: Forest, scores: dict[str, Tensor]) -> tuple[Tensor, Tensor, list]:
+def credit_leaves(
+    run: Run, out: Rollout, forest: Forest, scores: dict[str, Tensor], weights: dict | None = None
+) -> tuple[Tensor, Tensor, list]:
     """Credit from the scores of all leaves.
 
     --reward-mix reward: the credit of the weighted sum of rewards. advantage: the weighted sum of each reward's own
     advantages, clipped again, so that no reward wins by its scale; leaves are then ranked by their sum.
 
+    Args:
+        scores: name -> (P leaves,), nan where a prompt does not have the reward.
+        weights: name -> weight, one for all prompts or (P, 1), see `rewards.prompt_weights`; None: those of --reward.
+
     Returns:
         the weighted rewards (P, leaves), what pruning ranks leaves by (P, leaves), and the advantages, T tensors
         (P, n_{i+1}).
     """
-    args = run.args
+    args, weights = run.args, run.weights if weights is None else weights
     by_name = {name: s.unflatten(0, (-1, forest.leaves)) for name, s in scores.items()}  # (P, leaves) each
-    rewards = R.weighted_sum(by_name, run.weights)
+    rewards = R.weighted_sum(by_name, weights)
     options = (args.fusion_beta, args.adv_clip, args.advantage)
     if args.reward_mix == "reward":
         return rewards, rewards, credit(out, forest, rewards, *options)
 
-    # One credit per reward, then their weighted sum, edge by edge.
-    credits = [(w, credit(out, forest, by_name[name], *options)) for name, w in run.weights.items()]
-    summed = [sum(w * a[i] for w, a in credits).clamp(-args.adv_clip, args.adv_clip) for i in range(forest.steps)]
+    # One credit per reward, then their weighted sum, edge by edge. Credit compares within a prompt, so where a prompt
+    # does not have the reward its own advantages are nan, and nobody else's.
+    credits = [(w, credit(out, forest, by_name[name], *options)) for name, w in weights.items()]
+    summed = [
+        sum(R.weighted(a[i], w) for w, a in credits).clamp(-args.adv_clip, args.adv_clip) for i in range(forest.steps)
+    ]
     return rewards, summed[-1], summed
 
 
@@ -216,7 +238,8 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     row["seconds_reward"] = lap()
 
     # 4. Credit every edge from the leaves below it, then choose the edges to train.
-    leaf_rewards, ranking, advantages = credit_leaves(run, out, forest, scores)
+    weights = R.prompt_weights(prompts, run.weights, run.own)
+    leaf_rewards, ranking, advantages = credit_leaves(run, out, forest, scores, weights)
     keep = kept_edges(args, schedule, ranking, advantages)
 
     # 5. Update. The rate falls linearly from --lr to the fraction --lr-end of it.
@@ -230,17 +253,18 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
         return make_rows(out, forest, keep, advantages, ranking, subset, rng, args, schedule.step_weight)
 
     # The first optimiser step is on-policy. Later ones compare with the policy as it is before it, which noised leaves
-    # never asked; nor does the rollout in bf16 say it, whose calls round otherwise than those of an update.
+    # never asked; nor does the rollout in 16 bits say it, whose calls round otherwise than those of an update.
     run.at(f"iteration {iteration + 1}: update")
     batches, stats = minibatches(run, iteration, rows_of, len(prompts)), []
-    asked = batches[1:] if args.objective in ON_LEAVES or (args.objective, args.dtype) == ("surrogate", "bf16") else []
+    asked = batches[1:] if args.objective in ON_LEAVES or (args.objective == "surrogate" and args.dtype != "fp32") else []
     for batch in asked:
         if args.objective in ON_LEAVES:
             remember_velocity(policy, batch, cond, args.micro_batch)
         else:
             remember_logp(policy, batch, cond, sampler, args.micro_batch)
     for batch in batches:
-        stats.append(update(policy, run.optimizer, acc, batch, cond, sampler, args, objective, on_policy=not stats))
+        step = (policy, run.optimizer, acc, batch, cond, sampler, args, objective)
+        stats.append(update(*step, on_policy=not stats, scaler=run.scaler))
         if run.ema:
             run.ema.step(policy.trainable())
     row["seconds_train"] = lap()
@@ -289,7 +313,10 @@ def rollout_metrics(
         "peak_gib": peak_gib(acc.device),
     }
     metrics |= {f"variance_step_{i}": v for i, v in split_variance(rewards, forest).items()}
-    return metrics | {f"reward_{name}": s.mean().item() for name, s in zip(scores, single)}
+
+    # The mean of each score over the leaves that have it. What no prompt of the iteration has is absent.
+    known = {name: s[~s.isnan()] for name, s in zip(scores, single)}
+    return metrics | {f"reward_{name}": s.mean().item() for name, s in known.items() if len(s)}
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -406,7 +433,8 @@ def summary(run: Run) -> dict:
     if "heldout_exact" in first:
         document |= {"exact_before": first["heldout_exact"], "exact_after": last["heldout_exact"]}
     for name in run.rewards:
-        document |= {f"{name}_before": first[f"heldout_{name}"], f"{name}_after": last[f"heldout_{name}"]}
+        if f"heldout_{name}" in first:  # with --reward-column a reward may be of training prompts only
+            document |= {f"{name}_before": first[f"heldout_{name}"], f"{name}_after": last[f"heldout_{name}"]}
     return document | {
         "seconds": round(seconds, 2),
         "nfe": sum(row["nfe"] for row in rows),

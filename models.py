@@ -1,63 +1,42 @@
-"""Models: FLUX for images and Wan for video, at any size and for any diffusers checkpoint of these classes.
+"""Models: FLUX.1, SD3, FLUX.2 and Z-Image for pictures, Wan for videos, at any size and for any checkpoint of the class.
 
 What a model must offer, on top of what `Policy` (policy.py) does for all of them:
 
-1. velocity      v_theta(x, sigma, prompt) from one call of the transformer
-2. embed         prompts to conditioning, with the pipeline's own text encoders
-3. decode        clean latents to pictures or videos
-4. latent_shape, text_length      set in __init__
+1. predict       the velocity, from one call of the transformer; `Policy.velocity` makes guidance from it
+2. text          prompts to conditioning, with the pipeline's own text encoders
+3. latents_of    from what the transformer sees to what the VAE decodes
+4. latent_shape, text_length, pixels    set in __init__
 
-How the two differ, and where the values come from:
+How they differ, and where the values come from:
 
-|                     | FluxPolicy                          | WanPolicy                                              |
-|---------------------|-------------------------------------|--------------------------------------------------------|
-| latent_shape        | (tokens, channels), packed 2 x 2    | (channels, latent frames, rows, columns), not packed   |
-| time argument       | sigma, 0 to 1                       | 1000 sigma, 0 to 1000                                  |
-| guidance            | an input of the model: one forward  | classifier-free, outside the model: two forwards       |
-| text conditioning   | T5 states and CLIP's pooled vector  | UMT5 states, zero after the text                       |
-| before the decoder  | one scale and one shift             | a mean and a standard deviation per channel            |
+|              | latent_shape                  | time       | guidance                  | text conditioning                |
+|--------------|-------------------------------|------------|---------------------------|----------------------------------|
+| FluxPolicy   | (tokens, 64), packed 2 x 2    | sigma      | an input: one forward     | T5 states, CLIP's pooled vector  |
+| SD3Policy    | (16, rows, columns)           | 1000 sigma | two forwards              | CLIP and T5 states, pooled       |
+| Flux2Policy  | (tokens, 128), packed, normed | sigma      | two forwards or distilled | Qwen3 states of three layers     |
+| ZImagePolicy | (16, rows, columns)           | 1 - sigma  | two forwards, 0 is none   | Qwen3 states, as long as they are |
+| WanPolicy    | (16, frames, rows, columns)   | 1000 sigma | two forwards              | UMT5 states, zero after the text |
 
 Channel counts, factors of the VAE, constants of the normalisation and the length of the text are read from the
-checkpoint's own config. So the small embedded models take the same path as FLUX.1-dev and Wan2.1.
-tests/test_policies.py compares both classes with diffusers' own pipelines: the same noise gives the same pictures.
+checkpoint's own config. So small models, as those in tiny/, take the same path as the published ones.
+tests/test_policies.py and tests/test_models.py compare every class with diffusers' own pipelines: the same noise gives
+the same pictures.
+
+`policy_of` finds the class that a checkpoint needs, `checkpoint_values` what the checkpoint itself says about shift and
+guidance. To add a model, write its class and name it in IMAGE_MODELS.
 
 Direction of time: sigma = 1 is pure noise, sigma = 0 the picture.
 """
 
+import math
+from pathlib import Path
+
 import torch
-from diffusers import FluxPipeline, WanPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from branchgrpo import Cond
-from policy import Policy
-
-# The most pixels in one call of a VAE, which works at full resolution, where one large picture already fills gigabytes.
-# Worked values: 64 pictures of 32 x 64 go together, pictures of 512 x 512 one by one.
-PIXELS_PER_DECODE = 2**17
-
-
-def in_unit_range(decoded: Tensor) -> Tensor:
-    """What a VAE decodes, about [-1, 1], as [0, 1]. What is not finite becomes NaN; infinity clamped would be white."""
-    x = decoded / 2 + 0.5
-    return x.clamp(0, 1) + 0 * x  # 0 times infinity is NaN
-
-
-def on_the_cpu(decode, x: Tensor, micro_batch: int) -> Tensor:
-    """Decode so many latents at a time, into one tensor on the CPU; parts that are joined at the end would lie there
-    twice, and 64 videos of 33 frames of 480 x 832 are 10 GiB.
-
-    Args:
-        decode: latents (b, ...) to pictures or videos (b, ...).
-        x: all latents (B, ...).
-        micro_batch: >= 1, the most latents at a time.
-    """
-    pictures = None
-    for start in range(0, len(x), micro_batch):
-        part = decode(x[start : start + micro_batch])
-        if pictures is None:
-            pictures = torch.empty(len(x), *part.shape[1:])
-        pictures[start : start + len(part)] = part
-    return pictures
+from policy import Policy, cannot_be_loaded, check_pipeline
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
@@ -65,7 +44,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
     Args:
         height, width: in pixels.
-        multiple: pixels along one side of a token: the VAE's factor times the patch, for FLUX.1-dev and Wan2.1
+        multiple: pixels along one side of a token: the VAE's factor times the patch, for all published models here
             8 x 2 = 16.
 
     Raises:
@@ -76,59 +55,101 @@ def check_size(height: int, width: int, multiple: int) -> None:
             raise ValueError(f"{flag} must be a positive multiple of {multiple}, got {size}")
 
 
-class FluxPolicy(Policy):
-    """FLUX over packed latents of shape (tokens, channels).
-
-    Packing. FLUX's VAE makes a latent of 16 channels, each side 8 times smaller than the picture's. The transformer
-    takes 2 x 2 neighbouring positions as one token, with all of their channels. Example: a picture of 32 x 64 pixels
-    has the latent (16, 4, 8), which is 2 x 4 = 8 tokens of 4 x 16 = 64 channels. Channel 4 c + 2 dy + dx of a token is
-    channel c of the latent, at row dy and column dx of the 2 x 2. FLUX.1-dev at 720 x 720 has the latent (16, 90, 90),
-    which is 45 x 45 = 2025 tokens. Packing only moves numbers, and noise, steps and log-probabilities do not care
-    where a number stands. So everything stays packed, and `decode` alone unpacks.
+# ------------------------------------------------------------------------------------------------------------ pictures
+class ImagePolicy(Policy):
+    """What the image models share: their size in pixels, latent positions and tokens.
 
     Args:
-        pipe: a diffusers FluxPipeline.
-        height, width: pixels, multiples of the VAE's factor times the packing (16 for FLUX.1-dev).
-        guidance: value of the embedded guidance; unused by a checkpoint without that embedding.
+        pipe: the model's diffusers pipeline.
+        height, width: pixels, multiples of the VAE's factor times the patch (16 for all published models here).
         kwargs: of `Policy`.
 
     Raises:
         ValueError: if height or width does not divide.
     """
 
-    pipeline_class = FluxPipeline
+    patch = 2  # latent positions along a side of a token
+    usual_guidance: float  # where --guidance is not given
+    guidance_source = "the model card"
 
-    def __init__(self, pipe: FluxPipeline, height: int, width: int, guidance: float = 3.5, **kwargs):
+    def __init__(self, pipe: DiffusionPipeline, height: int, width: int, **kwargs):
         # The size is checked first, before anything is moved or split.
-        token_side = 2 * pipe.vae_scale_factor  # pixels along a side of a token
+        token_side = self.patch * pipe.vae_scale_factor  # pixels along a side of a token
         check_size(height, width, token_side)
         super().__init__(pipe, **kwargs)
-        self.height, self.width, self.guidance = height, width, guidance
+
+        self.height, self.width, self.pixels = height, width, height * width
+        self.rows, self.columns = height // token_side, width // token_side  # of tokens
+
+    def unpacked_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the VAE's latent: (16, 4, 8) for 32 x 64 pixels."""
+        return self.pipe.vae.config.latent_channels, self.patch * self.rows, self.patch * self.columns
+
+    def latents_of(self, x: Tensor) -> Tensor:
+        """Latents (B, channels, rows, columns) with mean 0 and variance 1 -> those of the VAE.
+
+        The transformer was trained on (z - shift) * scale, with both numbers from the VAE's config: undo it.
+        """
+        vae = self.pipe.vae.config
+        return x / vae.scaling_factor + vae.shift_factor
+
+    @staticmethod
+    def log_shift(tokens: int, steps: int, config) -> float:
+        """mu of a scheduler that shifts by size: linear in the number of tokens, between two that the config names.
+
+        Args:
+            tokens: of the picture. steps: T. config: the scheduler's.
+        """
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        return calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+
+
+class FluxPolicy(ImagePolicy):
+    """FLUX.1 over packed latents of shape (tokens, channels).
+
+    Packing. FLUX's VAE makes a latent of 16 channels, each side 8 times smaller than the picture's. The transformer
+    takes 2 x 2 neighbouring positions as one token, with all of their channels. Example: a picture of 32 x 64 pixels
+    has the latent (16, 4, 8), which is 2 x 4 = 8 tokens of 4 x 16 = 64 channels. Channel 4 c + 2 dy + dx of a token is
+    channel c of the latent, at row dy and column dx of the 2 x 2. FLUX.1-dev at 720 x 720 has the latent (16, 90, 90),
+    which is 45 x 45 = 2025 tokens. Packing only moves numbers, and noise, steps and log-probabilities do not care
+    where a number stands. So everything stays packed, and `latents_of` alone unpacks.
+
+    Args:
+        guidance: value of the embedded guidance; unused by a checkpoint without that embedding.
+        pipe, height, width, kwargs: of `ImagePolicy`.
+    """
+
+    pipeline = "FluxPipeline"
+    usual_guidance, guidance_source = 3.5, "FLUX.1-dev's model card"
+
+    def __init__(self, pipe: DiffusionPipeline, height: int, width: int, guidance: float = 3.5, **kwargs):
+        super().__init__(pipe, height, width, guidance=guidance, **kwargs)
+
+        # FLUX.1-dev was distilled from a model with classifier-free guidance: it takes the scale as an input, embedded
+        # like the time, and predicts the guided velocity itself. FLUX.1-schnell has no such input.
+        self.guided = False
 
         # The transformer sees a list of tokens. Where each stands it reads from img_ids (tokens, 3), which are 0, row
         # and column, and turns them into rotary position embeddings. They are constants, alike for every row of a
         # batch.
-        rows, columns = height // token_side, width // token_side
-        self.latent_shape = (rows * columns, pipe.transformer.config.in_channels)  # (tokens, channels)
-        self.img_ids = pipe._prepare_latent_image_ids(1, rows, columns, self.device, torch.float32)
+        self.latent_shape = (self.rows * self.columns, pipe.transformer.config.in_channels)  # (tokens, channels)
+        self.img_ids = pipe._prepare_latent_image_ids(1, self.rows, self.columns, self.device, torch.float32)
 
         # 512 as in diffusers' pipeline, or fewer where the tokenizer knows no more.
         self.text_length = min(512, pipe.tokenizer_2.model_max_length)
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
-        """v_theta(x, sigma, prompt) from one forward.
+    def predict(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
+        """v_theta(x, sigma, prompt) from packed latents (B, tokens, channels); cond: states (B, L, C), pooled (B, C').
 
-        Args:
-            x: packed latents (B, tokens, channels).
-            sigma: (B,) in (0, 1]. The model multiplies it by 1000 itself.
-            cond: states (B, L, C), pooled (B, C').
-            reference: ask the untrained model.
-
-        Returns:
-            (B, tokens, channels), float32.
+        sigma is the time: the model multiplies it by 1000 itself.
         """
-        # FLUX.1-dev was distilled from a model with classifier-free guidance: it takes the scale as an input, embedded
-        # like the time, and predicts the guided velocity itself. FLUX.1-schnell has no such input.
         has_guidance = self.pipe.transformer.config.guidance_embeds
         guidance = torch.full_like(sigma, self.guidance, dtype=x.dtype) if has_guidance else None
 
@@ -145,28 +166,184 @@ class FluxPolicy(Policy):
             txt_ids=txt_ids,
         )
 
-    def embed(self, prompts: list[str]) -> Cond:
+    def text(self, prompts: list[str]) -> Cond:
         """Text to states, T5's (P, L, C), one per token, and pooled, CLIP's vector (P, C') of the whole prompt."""
         states, pooled, _ = self.pipe.encode_prompt(prompts, None, self.device, max_sequence_length=self.text_length)
         return {"states": states, "pooled": pooled}
 
-    @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
-        """Packed latents (B, tokens, channels) -> pictures (B, 3, H, W) in [0, 1], float32 on the CPU."""
+    def latents_of(self, x: Tensor) -> Tensor:
+        """Packed latents (B, tokens, 64) -> those of the VAE, (B, 16, H / 8, W / 8)."""
+        return super().latents_of(self.pipe._unpack_latents(x, self.height, self.width, self.pipe.vae_scale_factor))
+
+
+class SD3Policy(ImagePolicy):
+    """Stable Diffusion 3 and 3.5 over latents (16, rows, columns), which the transformer itself cuts into patches.
+
+    Guidance is classifier-free: the pipeline's default is 7, papers of the field train with 4.5 (Flow-GRPO), or with 1,
+    none, which costs half and lets RL learn what guidance did.
+
+    Args:
+        guidance: g of `Policy.velocity`; 1 is none.
+        pipe, height, width, kwargs: of `ImagePolicy`.
+
+    Raises:
+        ValueError: if a side has more tokens than the position embedding knows places.
+    """
+
+    pipeline = "StableDiffusion3Pipeline"
+    usual_guidance, guidance_source = 4.5, "Flow-GRPO"
+    fits_fp16 = True
+
+    def __init__(self, pipe: DiffusionPipeline, height: int, width: int, guidance: float = 4.5, **kwargs):
+        super().__init__(pipe, height, width, guidance=guidance, **kwargs)
+        self.latent_shape = self.unpacked_shape()
+        most = pipe.transformer.config.pos_embed_max_size
+        if max(self.rows, self.columns) > most:
+            side = most * height // self.rows
+            raise ValueError(f"--height and --width must be at most {side} for this checkpoint, got {height}, {width}")
+
+        # 77 tokens of the two CLIPs, side by side, then so many of T5; 256 as in diffusers' pipeline.
+        self.text_length = 256 if pipe.tokenizer_3 is None else min(256, pipe.tokenizer_3.model_max_length)
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
+        """v_theta(x, sigma, prompt) from latents (B, 16, rows, columns); cond: states (B, 77 + L, C), pooled (B, C').
+
+        Here the time runs from 0 to 1000, and the transformer takes it as it comes.
+        """
+        return self.call(
+            reference,
+            hidden_states=x,
+            timestep=sigma.float() * self.pipe.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=cond["states"],
+            pooled_projections=cond["pooled"],
+        )
+
+    def text(self, prompts: list[str]) -> Cond:
+        """Text to states, those of both CLIPs beside each other and then T5's, and pooled, both CLIPs' vectors."""
+        states, _, pooled, _ = self.pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,  # the empty prompt is a prompt like any other, see Policy.embed
+            max_sequence_length=self.text_length,
+        )
+        return {"states": states, "pooled": pooled}
+
+
+class Flux2Policy(ImagePolicy):
+    """FLUX.2-klein over packed, normalised latents of shape (tokens, 128).
+
+    The VAE makes a latent of 32 channels. 2 x 2 neighbouring positions become one of 128 channels, each channel is
+    normalised with the running mean and variance of a batch norm, and the positions are put into one row, from top left
+    to bottom right. Example: 32 x 64 pixels have the latent (32, 4, 8), then (128, 2, 4), then (8, 128).
+
+    The distilled checkpoints need no guidance: a scale is refused. The base ones take classifier-free guidance.
+
+    Args:
+        guidance: g of `Policy.velocity`; 1 is none.
+        pipe, height, width, kwargs: of `ImagePolicy`.
+
+    Raises:
+        ValueError: if guidance is given to a distilled checkpoint.
+    """
+
+    pipeline = "Flux2KleinPipeline"
+    usual_guidance = 4.0
+
+    def __init__(self, pipe: DiffusionPipeline, height: int, width: int, guidance: float = 1.0, **kwargs):
+        if pipe.config.is_distilled and guidance != 1:
+            raise ValueError(f"--guidance must be 1 for this checkpoint, which was distilled from it; got {guidance}")
+        super().__init__(pipe, height, width, guidance=guidance, **kwargs)
+        self.latent_shape = (self.rows * self.columns, pipe.transformer.config.in_channels)  # (tokens, 128)
+        self.text_length = min(512, pipe.tokenizer.model_max_length)
+
+        # Places have four coordinates: picture, row, column, and the token of the text. Of the picture (0, y, x, 0).
+        one = torch.zeros(1, 1, self.rows, self.columns)
+        self.img_ids = pipe._prepare_latent_ids(one).to(self.device)  # (1, tokens, 4)
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
+        """v_theta(x, sigma, prompt) from packed latents (B, tokens, 128); cond: states (B, L, C). The time is sigma."""
+        # Text token l stands at (0, 0, 0, l).
+        length = cond["states"].shape[1]
+        txt_ids = torch.zeros(1, length, 4, dtype=self.img_ids.dtype, device=x.device)  # (1, L, 4)
+        txt_ids[..., 3] = torch.arange(length, device=x.device)
+        return self.call(
+            reference,
+            hidden_states=x,
+            timestep=sigma.to(x.dtype),
+            guidance=None,
+            encoder_hidden_states=cond["states"],
+            img_ids=self.img_ids.expand(len(x), -1, -1),
+            txt_ids=txt_ids.expand(len(x), -1, -1),
+        )
+
+    def text(self, prompts: list[str]) -> Cond:
+        """Text to states (P, L, 3 C), those of three layers of Qwen3 beside each other."""
+        states, _ = self.pipe.encode_prompt(prompts, self.device, max_sequence_length=self.text_length)
+        return {"states": states}
+
+    def latents_of(self, x: Tensor) -> Tensor:
+        """Packed latents (B, tokens, 128) -> those of the VAE, (B, 32, H / 8, W / 8)."""
+        # One row of tokens back into rows and columns.
+        x = x.transpose(1, 2).unflatten(2, (self.rows, self.columns))  # (B, 128, rows, columns)
+
+        # The transformer was trained on (z - mean) / std, per channel of the 2 x 2: undo it, then the 2 x 2.
         vae = self.pipe.vae
+        mean, variance = (value.float().view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
+        return self.pipe._unpatchify_latents(x * (variance + vae.config.batch_norm_eps).sqrt() + mean)
 
-        def pictures_of(packed: Tensor) -> Tensor:
-            # (b, tokens, 64) -> (b, 16, H / 8, W / 8)
-            z = self.pipe._unpack_latents(packed.to(self.device), self.height, self.width, self.pipe.vae_scale_factor)
+    @staticmethod
+    def log_shift(tokens: int, steps: int, config) -> float:
+        """mu was fitted to what worked: it depends on the number of steps, too, and on nothing of the config."""
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-            # The transformer was trained on (z - shift) * scale, which has about mean 0 and variance 1: undo it. The
-            # VAE answers in [-1, 1].
-            z = z / vae.config.scaling_factor + vae.config.shift_factor
-            return in_unit_range(vae.decode(z.to(vae.dtype)).sample.float())
-
-        return on_the_cpu(pictures_of, x, max(1, PIXELS_PER_DECODE // (self.height * self.width)))
+        return compute_empirical_mu(tokens, steps)
 
 
+class ZImagePolicy(ImagePolicy):
+    """Z-Image over latents (16, rows, columns); three of its conventions are the other way round.
+
+    Its time is 1 - sigma, so that 0 is noise; its output points from noise to data; and its scale s of guidance is one
+    off the usual: c + s (c - u) = u + (s + 1) (c - u), so that 0 is none. Z-Image-Turbo is distilled and wants 0.
+
+    Args:
+        guidance: s, as in the pipeline; 0 is none.
+        pipe, height, width, kwargs: of `ImagePolicy`.
+    """
+
+    pipeline = "ZImagePipeline"
+    usual_guidance, guidance_source = 5.0, "its pipeline"
+    guidance_of_none = 0.0
+
+    def __init__(self, pipe: DiffusionPipeline, height: int, width: int, guidance: float = 5.0, **kwargs):
+        super().__init__(pipe, height, width, guidance=guidance, **kwargs)
+        self.latent_shape = self.unpacked_shape()
+        self.text_length = min(512, pipe.tokenizer.model_max_length)
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
+        """v_theta(x, sigma, prompt) from latents (B, 16, rows, columns); cond: states (B, L, C), length (B,)."""
+        # The transformer takes pictures as a list of videos of one frame, and texts as a list of tensors as long as
+        # they are: it pads them itself. To cut them, the host must know their lengths, and so waits for the device.
+        pictures = list(x.unsqueeze(2).unbind())  # B of (16, 1, rows, columns)
+        texts = [states[:n] for states, n in zip(cond["states"], cond["length"].tolist())]
+        return -self.call(reference, x=pictures, t=1 - sigma.float(), cap_feats=texts).squeeze(2)
+
+    def text(self, prompts: list[str]) -> Cond:
+        """Text to states (P, L, C), Qwen3's, zero after the text; and its length in tokens (P,)."""
+        texts, _ = self.pipe.encode_prompt(
+            list(prompts),  # a copy: the pipeline writes its chat template into the list
+            self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.text_length,
+        )
+        states = texts[0].new_zeros(len(texts), self.text_length, texts[0].shape[-1])
+        for row, text in zip(states, texts):
+            row[: len(text)] = text
+        return {"states": states, "length": torch.tensor([len(text) for text in texts], device=self.device)}
+
+
+# -------------------------------------------------------------------------------------------------------------- videos
 class WanPolicy(Policy):
     """Wan text-to-video over latents of shape (channels, latent frames, rows, columns).
 
@@ -179,17 +356,17 @@ class WanPolicy(Policy):
         pipe: a diffusers WanPipeline.
         height, width: pixels, multiples of the VAE's factor times the patch (16 for Wan2.1).
         frames: 4k + 1 for Wan2.1's VAE.
-        guidance: g of classifier-free guidance, u + g (c - u) of the velocities with (c) and without (u) the prompt, in
-            rollout and in training alike; 1 leaves u out and halves the cost.
+        guidance: g of `Policy.velocity`; 1 is none, and halves the cost.
         kwargs: of `Policy`.
 
     Raises:
         ValueError: if a size does not divide, or the checkpoint has two transformers (Wan2.2's 14B).
     """
 
-    pipeline_class = WanPipeline
+    pipeline = "WanPipeline"
+    usual_guidance, guidance_source = 5.0, "Wan2.1's model card"
 
-    def __init__(self, pipe: WanPipeline, height: int, width: int, frames: int, guidance: float = 1.0, **kwargs):
+    def __init__(self, pipe: DiffusionPipeline, height: int, width: int, frames: int, guidance: float = 1.0, **kwargs):
         # 1. Refuse what does not fit, before anything is moved or split.
         patch, frames_per_latent = pipe.transformer.config.patch_size, pipe.vae_scale_factor_temporal
         check_size(height, width, pipe.vae_scale_factor_spatial * patch[1])
@@ -200,66 +377,98 @@ class WanPolicy(Policy):
 
         # 2. The VAE stays in float32 whatever --dtype says, as diffusers runs it: in bf16 videos lose detail.
         pipe.vae.float()
-        super().__init__(pipe, **kwargs)
+        super().__init__(pipe, guidance=guidance, **kwargs)
 
-        # 3. Shapes. `guided` also tells `Policy` that encodings with and without an empty prompt are different things.
-        self.guidance, self.guided = guidance, guidance != 1
+        # 3. Shapes.
         channels, latent_frames = pipe.transformer.config.in_channels, (frames - 1) // frames_per_latent + 1
         rows, columns = height // pipe.vae_scale_factor_spatial, width // pipe.vae_scale_factor_spatial
         self.latent_shape = (channels, latent_frames, rows, columns)
         self.text_length, self.pixels = min(512, pipe.tokenizer.model_max_length), frames * height * width
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
-        """v_theta(x, sigma, prompt), guided: u + g (c - u), arXiv:2207.12598.
+    def predict(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
+        """v_theta(x, sigma, prompt) from latents (B, *latent_shape); cond: states (B, L, C).
 
-        Args:
-            x: latents (B, *latent_shape).
-            sigma: (B,) in (0, 1].
-            cond: states (B, L, C); with guidance also empty (B, L, C), the states of the empty prompt.
-            reference: ask the untrained model.
-
-        Returns:
-            The shape of x, float32.
+        Wan's time embedding was trained on times from 0 to 1000. FLUX's was too, but its transformer multiplies by
+        1000 itself, so there the argument is sigma.
         """
-        # Wan's time embedding was trained on times from 0 to 1000. FLUX's was too, but its transformer multiplies by
-        # 1000 itself, so there the argument is sigma.
         t = sigma.float() * self.pipe.scheduler.config.num_train_timesteps
-        if not self.guided:
-            return self.call(reference, hidden_states=x, timestep=t, encoder_hidden_states=cond["states"])
+        return self.call(reference, hidden_states=x, timestep=t, encoder_hidden_states=cond["states"])
 
-        # Guidance needs the velocity with and without the prompt. Both come from one call of twice the batch: rows 0
-        # to B - 1 with the prompt, B to 2B - 1 without. One call keeps a GPU busier than two, and under FSDP it
-        # gathers the weights once.
-        doubled = {
-            "hidden_states": x.repeat(2, 1, 1, 1, 1),
-            "timestep": t.repeat(2),
-            "encoder_hidden_states": torch.cat([cond["states"], cond["empty"]]),
-        }
-        v_prompt, v_empty = self.call(reference, **doubled).chunk(2)
-        return v_empty + self.guidance * (v_prompt - v_empty)
+    def text(self, prompts: list[str]) -> Cond:
+        """Text to states, UMT5's (P, L, C), zero after the text."""
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": self.text_length}
+        states, _ = self.pipe.encode_prompt(prompts, **options, device=self.device)
+        return {"states": states}
 
-    def embed(self, prompts: list[str]) -> Cond:
-        """Text to states, UMT5's (P, L, C), zero after the text; with guidance those of the empty prompt beside them.
+    def latents_of(self, x: Tensor) -> Tensor:
+        """The transformer was trained on (z - mean) / std, per channel; undo it. Shapes (1, channels, 1, 1, 1)."""
+        vae = self.pipe.vae.config
+        constants = (vae.latents_mean, vae.latents_std)
+        mean, std = (torch.tensor(values, device=x.device).view(1, -1, 1, 1, 1) for values in constants)
+        return x * std + mean
 
-        The empty prompt is the same in every row. A copy in each keeps one rule for all tensors of a `Cond`: the first
-        dimension is the prompts.
-        """
-        options = {"do_classifier_free_guidance": self.guided, "max_sequence_length": self.text_length}
-        states, empty = self.pipe.encode_prompt(prompts, **options, device=self.device)
-        return {"states": states} | ({} if empty is None else {"empty": empty})
 
-    @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
-        """Latents (B, *latent_shape) -> videos (B, F, 3, H, W) in [0, 1], float32 on the CPU."""
-        vae = self.pipe.vae
+# --------------------------------------------------------------------------------------------------------- checkpoints
+IMAGE_MODELS = (FluxPolicy, SD3Policy, Flux2Policy, ZImagePolicy)
+VIDEO_MODELS = (WanPolicy,)
 
-        # The transformer was trained on (z - mean) / std, per channel; undo it. Shapes (1, channels, 1, 1, 1).
-        constants = (vae.config.latents_mean, vae.config.latents_std)
-        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1) for values in constants)
 
-        def videos_of(latents: Tensor) -> Tensor:
-            z = latents.to(self.device) * std + mean
-            video = vae.decode(z.to(vae.dtype)).sample.float()  # (b, 3, F, H, W) in [-1, 1]
-            return in_unit_range(video).transpose(1, 2)
+def policy_of(model: str, kinds: tuple[type[Policy], ...]) -> type[Policy]:
+    """The class for a checkpoint, by the pipeline that its model_index.json names.
 
-        return on_the_cpu(videos_of, x, max(1, PIXELS_PER_DECODE // self.pixels))
+    Args:
+        model: a local folder, or a hub id. kinds: the classes to choose from.
+
+    Raises:
+        ValueError: if it is of none of them, listing their pipelines; or as `policy.check_pipeline`.
+    """
+    by_name = {kind.pipeline: kind for kind in kinds}
+    return by_name[check_pipeline(model, *by_name)]
+
+
+def checkpoint_values(kind: type[Policy], args) -> dict[str, tuple[float, str]]:
+    """What a checkpoint says about options that are not given: name -> value, and where it comes from.
+
+    Args:
+        kind: of `policy_of`. args: the options --model, --height, --width, --steps and --dtype, resolved.
+
+    Raises:
+        ValueError: if its configs cannot be read, or its numbers leave the range of --dtype fp16.
+    """
+    if args.dtype == "fp16" and not kind.fits_fp16:
+        fit = ", ".join(k.pipeline for k in (*IMAGE_MODELS, *VIDEO_MODELS) if k.fits_fp16)
+        raise ValueError(f"--dtype fp16 is for {fit}: a {kind.pipeline} leaves its range, take bf16")
+    try:
+        index = DiffusionPipeline.load_config(args.model)
+        scheduler = FlowMatchEulerDiscreteScheduler.load_config(args.model, subfolder="scheduler")
+        shift = shift_of(kind, args, scheduler)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise cannot_be_loaded(args.model, error) from error
+
+    # A distilled model has its guidance within. FLUX.2-klein's index says so, of Z-Image-Turbo and SD3.5-large-turbo
+    # nothing but the name does.
+    guidance = kind.usual_guidance, kind.guidance_source
+    if index.get("is_distilled"):
+        guidance = kind.guidance_of_none, "its model_index.json: distilled"
+    elif "turbo" in Path(args.model).name.lower():
+        guidance = kind.guidance_of_none, "its name: turbo"
+    return {"shift": (shift, "its scheduler"), "guidance": guidance}
+
+
+def shift_of(kind: type[Policy], args, config: dict) -> float:
+    """The shift s of the noise levels, sigma' = s sigma / (1 + (s - 1) sigma), as the checkpoint's scheduler has it.
+
+    A scheduler has a constant shift, or one that grows with the size of the picture: s = exp(mu), where mu depends on
+    the tokens. FLUX.1-dev at 720 x 720 has 2025 tokens, mu = 0.80 and s = 2.22.
+
+    Args:
+        kind, args: see `checkpoint_values`. config: the scheduler's.
+    """
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+    # Tokens from the VAE's config: its factor is 2 for every level but the last.
+    levels = AutoencoderKL.load_config(args.model, subfolder="vae")["block_out_channels"]
+    token_side = kind.patch * 2 ** (len(levels) - 1)
+    mu = kind.log_shift((args.height // token_side) * (args.width // token_side), args.steps, config)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)

@@ -11,8 +11,12 @@ tree, the credit and the loss ask for nothing but this:
     trainable()                        the parameters that the optimiser sees
 
 A policy wraps a diffusers pipeline: frozen text encoders, a trained transformer, a frozen VAE decoder. `Policy` holds
-what all models share. A model (models.py) is a subclass that defines `velocity`, `decode` and `embed`, and sets
-`latent_shape` and `text_length`.
+what all models share. A model (models.py) is a subclass that says in its own way what is left to say:
+
+    predict(x, sigma, cond) -> v       one call of the transformer, from which `velocity` makes guidance
+    text(prompts) -> cond              one call of the text encoders, from which `embed` makes the empty prompt's too
+    latents_of(x) -> z                 from what the transformer sees to what the VAE decodes, which `decode` does
+    latent_shape, text_length, pixels  set in __init__
 
 Direction of time: sigma = 1 is pure noise, sigma = 0 the picture, and velocities point from data to noise.
 
@@ -23,7 +27,7 @@ Direction of time: sigma = 1 is pure noise, sigma = 0 the picture, and velocitie
 Switches of memory, and what each costs:
 
     lora             trains a low-rank addition instead of all weights: it can express less
-    autocast         computes in bf16, but trains float32 master weights: numbers with 8 significant bits
+    autocast         computes in bf16 or fp16, but trains float32 master weights: numbers with 8 or 11 significant bits
     nf4              stores the frozen weights in 4 bits (needs lora): they are approximate
     checkpointing    keeps only the input of each block: one more forward per backward
     text_offload     keeps the text encoders on the CPU while they are idle: moving them there and back
@@ -41,6 +45,7 @@ import sys
 from functools import cached_property
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.utils import logging as diffusers_logging
@@ -56,9 +61,15 @@ from branchgrpo import Cond
 from disk import replacing
 from parallel import shard, unshard
 
-# The projections of attention (queries, keys, values, output) under the names that diffusers gives them in FLUX and
-# Wan. Those with "add" belong to FLUX's text stream; peft takes the ones that a model has.
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+# The projections of attention (queries, keys, values, output) under the last part of the names that diffusers gives them
+# in all models here. Those with "add" belong to the text stream of FLUX and SD3. The single blocks of FLUX.2 have two
+# layers in all, into which those of attention and of the feed-forward are fused.
+LORA_TARGETS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
+LORA_TARGETS += (".to_qkv_mlp_proj", ".to_out")
+
+# The most pixels in one call of a VAE, which works at full resolution, where one large picture already fills gigabytes.
+# Worked values: 64 pictures of 32 x 64 go together, pictures of 512 x 512 one by one.
+PIXELS_PER_DECODE = 2**17
 
 
 class Policy:
@@ -67,7 +78,9 @@ class Policy:
     Args:
         pipe: the diffusers pipeline; its transformer is trained, the rest is frozen.
         device: where everything computes.
-        autocast: bf16 autocast around the transformer; the weights that are trained stay float32.
+        guidance: scale of classifier-free guidance, or of the embedded one; see `velocity`.
+        autocast: a dtype for autocast around the transformer, bfloat16 or float16; the weights that are trained stay
+            float32. None: no autocast.
         lora: rank of a LoRA on the attention projections (alpha = 2 rank, as in Flow-GRPO); 0 trains all weights.
         lora_from: a LoRA to start from, a file or folder or hub id of the same rank; see `start_from`.
         keep_reference: keep the untrained velocity at hand, for the KL term (free with LoRA, a copy without).
@@ -79,14 +92,19 @@ class Policy:
         text_cache: a folder that keeps what they encoded, for this run and others.
     """
 
-    pipeline_class: type  # the diffusers pipeline that a model wraps
+    pipeline: str  # the name of the diffusers pipeline that a model wraps; imported when it is loaded
     latent_shape: tuple[int, ...]  # of one x, without the batch
     text_length: int  # tokens that a prompt is padded or cut to
-    guided = False  # are prompts encoded with an empty one beside them?
+    pixels: int  # of one picture, or of all frames of a video
+    guidance_of_none = 1.0  # the scale that switches classifier-free guidance off, by the pipeline's own convention
+    fits_fp16 = False  # do its activations stay within the range of fp16, whose largest number is 65,504?
 
     # ------------------------------------------------------------------------------------------------------ interface
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool = False) -> Tensor:
-        """v_theta(x, sigma, prompt), the model's estimate of noise minus data. A model defines it, by way of `call`.
+        """v_theta(x, sigma, prompt), the model's estimate of noise minus data, with its guidance.
+
+        Classifier-free guidance (arXiv:2207.12598) goes past the velocity with the prompt, c, away from that without,
+        u: v = u + g (c - u). It is part of the policy, in rollout and in training alike.
 
         Args:
             x: noisy latents (B, *latent_shape), float32.
@@ -97,22 +115,69 @@ class Policy:
         Returns:
             The shape of x, float32.
         """
-        raise NotImplementedError
+        if not self.guided:
+            return self.predict(x, sigma, cond, reference)
 
+        # Both velocities come from one call of twice the batch: rows 0 to B - 1 with the prompt, B to 2B - 1 without.
+        # One call keeps a GPU busier than two, and under FSDP it gathers the weights once.
+        names = [name for name in cond if not name.startswith("empty_")]
+        doubled = {name: torch.cat([cond[name], cond[f"empty_{name}"]]) for name in names}
+        both = self.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), doubled, reference)
+        v_prompt, v_empty = both.chunk(2)
+
+        # g is the scale as the pipeline counts it: most say 1 for no guidance, Z-Image says 0.
+        scale = self.guidance + 1 - self.guidance_of_none
+        return v_empty + scale * (v_prompt - v_empty)
+
+    @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Clean latents (B, *latent_shape) to pictures in [0, 1], float32 on the CPU. A model defines it.
+        """Clean latents (B, *latent_shape) to pictures in [0, 1], float32 on the CPU.
 
         Returns:
             (B, 3, H, W), or videos (B, F, 3, H, W).
         """
-        raise NotImplementedError
+        vae = self.pipe.vae
+
+        def pictures_of(part: Tensor) -> Tensor:
+            z = self.latents_of(part.to(self.device))
+            pictures = in_unit_range(vae.decode(z.to(vae.dtype)).sample.float())
+            return pictures.transpose(1, 2) if pictures.ndim == 5 else pictures  # (b, 3, F, H, W): frames first
+
+        return on_the_cpu(pictures_of, x, max(1, PIXELS_PER_DECODE // self.pixels))
 
     def embed(self, prompts: list[str]) -> Cond:
-        """Run the text encoders. A model defines it; callers use `encode`, which remembers.
+        """Run the text encoders; with guidance, for the empty prompt too. Callers use `encode`, which remembers.
+
+        The empty prompt is the same in every row. A copy in each keeps one rule for all tensors of a `Cond`: the first
+        dimension is the prompts.
+
+        Returns:
+            What `text` returns, and with guidance the same under the names empty_....
+        """
+        cond = self.text(prompts)
+        if self.guided:
+            empty = self.text([""])
+            cond |= {f"empty_{name}": value.expand(len(prompts), *value.shape[1:]) for name, value in empty.items()}
+        return cond
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool) -> Tensor:
+        """The velocity that the transformer predicts, without guidance from outside. A model defines it, by `call`.
+
+        Args and returns: as `velocity`; cond as from `text`.
+        """
+        raise NotImplementedError
+
+    def text(self, prompts: list[str]) -> Cond:
+        """What the text encoders make of prompts. A model defines it.
 
         Returns:
             A dict of tensors whose first dimension is the prompts. What a row holds depends on its own prompt alone.
         """
+        raise NotImplementedError
+
+    def latents_of(self, x: Tensor) -> Tensor:
+        """What the VAE decodes, (B, channels, ...), from the transformer's latents (B, *latent_shape): undo packing
+        and normalisation. A model defines it."""
         raise NotImplementedError
 
     def call(self, reference: bool, **inputs) -> Tensor:
@@ -128,12 +193,12 @@ class Policy:
         if adapters_off:
             self.pipe.transformer.disable_adapters()
 
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             v = model(**inputs, return_dict=False)[0]
 
         if adapters_off:
             self.pipe.transformer.enable_adapters()
-        return v.float()
+        return (torch.stack(v) if isinstance(v, list) else v).float()  # Z-Image's is a list of rows
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimiser sees: all of the transformer's, or those of the LoRA."""
@@ -143,8 +208,9 @@ class Policy:
     def __init__(
         self,
         pipe: DiffusionPipeline,
+        guidance=1.0,
         device="cpu",
-        autocast=False,
+        autocast: torch.dtype | None = None,
         lora=0,
         lora_from: str | None = None,
         keep_reference=False,
@@ -156,11 +222,14 @@ class Policy:
         text_cache: str | None = None,
     ):
         self.pipe, self.device, self.autocast, self.lora = pipe, torch.device(device), autocast, lora
+        self.guidance, self.guided = guidance, guidance != self.guidance_of_none  # a model may know better
         self.transformer = pipe.transformer
         self.fingerprint = hashlib.sha256("".join(samples(pipe.transformer) + samples(pipe.vae)).encode()).hexdigest()
         pipe.set_progress_bar_config(disable=True)
 
-        # 1. Switches that diffusers offers. Slicing decodes the pictures of a batch one by one.
+        # 1. Switches that diffusers offers. Slicing decodes the pictures of a batch one by one. Which blocks repeat it
+        #    says of some models in a list for compilation, of SD3 in that of modules to keep on one device.
+        pipe.transformer._repeated_blocks = pipe.transformer._repeated_blocks or pipe.transformer._no_split_modules
         if checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
         if tiling:
@@ -191,7 +260,8 @@ class Policy:
         #    are those of the checkpoint. A is random: seeded, hence the same on every process, and forked, hence the
         #    caller's random numbers are what they would have been.
         if lora:
-            config = LoraConfig(r=lora, lora_alpha=2 * lora, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+            targets = lora_layers(pipe.transformer)
+            config = LoraConfig(r=lora, lora_alpha=2 * lora, init_lora_weights="gaussian", target_modules=targets)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.transformer.add_adapter(config)
@@ -212,7 +282,7 @@ class Policy:
             pipe.transformer.compile_repeated_blocks(dynamic=True)
         if sharded:
             for model in filter(None, (self.transformer, self.reference)):
-                shard(model, self.device, autocast)
+                shard(model, self.device, autocast == torch.bfloat16)
 
         # 8. Encoded prompts: in memory, or as files in text_cache.
         self.text_offload, self.text_cache, self._encoded = text_offload, text_cache, {}
@@ -226,7 +296,7 @@ class Policy:
         Args:
             model: a local folder, or a hub id.
             sizes: of a picture or video, as the model's class takes them.
-            dtype: of the frozen weights; bfloat16 also switches autocast on.
+            dtype: of the frozen weights; bfloat16 and float16 also switch autocast on.
             nf4: store the transformer's frozen weights in 4 bits.
             kwargs: of the model's class.
 
@@ -235,8 +305,8 @@ class Policy:
         """
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-        pipe = load_pipeline(model, cls.pipeline_class, dtype, nf4)
-        return cls(pipe, *sizes, autocast=dtype == torch.bfloat16, **kwargs)
+        pipe = load_pipeline(model, getattr(diffusers, cls.pipeline), dtype, nf4)
+        return cls(pipe, *sizes, autocast=None if dtype == torch.float32 else dtype, **kwargs)
 
     # ----------------------------------------------------------------------------------------------------------- text
     def encode(self, prompts: list[str]) -> Cond:
@@ -294,7 +364,7 @@ class Policy:
 
         Two checkpoints may then share one text_cache. A hash of every weight would take minutes for T5's 4.8 billion.
         """
-        words = [type(self).__name__, str(self.text_length), str(self.guided)]
+        words = [type(self).__name__, str(self.text_length), "empty_" if self.guided else "False"]
         for name, encoder in sorted(self.pipe.components.items()):
             if name.startswith("text_encoder") and encoder:
                 words += samples(encoder)
@@ -321,7 +391,7 @@ class Policy:
         """
         # FSDP2: the weights keep the precision in which `shard` gathers them, so pictures stay what they were.
         if isinstance(self.transformer, FSDPModule):
-            dtype = torch.bfloat16 if self.autocast else torch.float32
+            dtype = self.autocast or torch.float32
             self.pipe.transformer = unshard(self.transformer, main_process, dtype)
 
         # DDP: the model inside the wrapper, whose calls would wait for the other processes.
@@ -338,16 +408,42 @@ class Policy:
             if self.lora:
                 model = self.pipe.transformer
                 weights, settings = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
-                self.pipeline_class.save_lora_weights(unfinished, weights, transformer_lora_adapter_metadata=settings)
+                self.pipe.save_lora_weights(unfinished, weights, transformer_lora_adapter_metadata=settings)
                 return
 
-            dtype = torch.bfloat16 if self.autocast else torch.float32
+            dtype = self.autocast or torch.float32
             for component in self.pipe.components.values():
                 if isinstance(component, torch.nn.Module):
                     torch.nn.Module.to(component, dtype)  # diffusers' own warns at each call
             self.pipe.save_pretrained(unfinished)
 
 
+# ------------------------------------------------------------------------------------------------------------ decoding
+def in_unit_range(decoded: Tensor) -> Tensor:
+    """What a VAE decodes, about [-1, 1], as [0, 1]. What is not finite becomes NaN; infinity clamped would be white."""
+    x = decoded / 2 + 0.5
+    return x.clamp(0, 1) + 0 * x  # 0 times infinity is NaN
+
+
+def on_the_cpu(decode, x: Tensor, micro_batch: int) -> Tensor:
+    """Decode so many latents at a time, into one tensor on the CPU; parts that are joined at the end would lie there
+    twice, and 64 videos of 33 frames of 480 x 832 are 10 GiB.
+
+    Args:
+        decode: latents (b, ...) to pictures or videos (b, ...).
+        x: all latents (B, ...).
+        micro_batch: >= 1, the most latents at a time.
+    """
+    pictures = None
+    for start in range(0, len(x), micro_batch):
+        part = decode(x[start : start + micro_batch])
+        if pictures is None:
+            pictures = torch.empty(len(x), *part.shape[1:])
+        pictures[start : start + len(part)] = part
+    return pictures
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
 def readable(file: Path) -> bool:
     """Is this a whole file of tensors? Its header says how long it must be, so nothing else is read."""
     try:
@@ -357,7 +453,6 @@ def readable(file: Path) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
 def samples(module: torch.nn.Module) -> list[str]:
     """About sixteen values of each weight, by which other weights of the same shape are told apart."""
     words = []
@@ -367,12 +462,15 @@ def samples(module: torch.nn.Module) -> list[str]:
     return words
 
 
-def check_pipeline(model: str, pipeline_class: type) -> None:
+def check_pipeline(model: str, *names: str) -> str:
     """Look at a checkpoint's index, before anything of it is loaded.
 
     Args:
         model: a local folder, or a hub id.
-        pipeline_class: what the checkpoint must be.
+        names: of the pipelines that it may be.
+
+    Returns:
+        The one of them that it is.
 
     Raises:
         ValueError: if it is missing, lacks a component, or is of another class; one sentence.
@@ -397,9 +495,11 @@ def check_pipeline(model: str, pipeline_class: type) -> None:
             config = DiffusionPipeline.load_config(model)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise cannot_be_loaded(model, error) from error
-    if config["_class_name"] != pipeline_class.__name__:
-        wrong_class = f"--model {model} is a {config['_class_name']}"
-        raise ValueError(f"{wrong_class}; a {pipeline_class.__name__} is needed here")
+
+    if config["_class_name"] not in names:
+        needed = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        raise ValueError(f"--model {model} is a {config['_class_name']}; a {needed} is needed here")
+    return config["_class_name"]
 
 
 def cannot_be_loaded(model: str, error: Exception) -> ValueError:
@@ -419,7 +519,7 @@ def load_pipeline(model: str, pipeline_class: type, dtype: torch.dtype, nf4: boo
     Raises:
         ValueError: as `check_pipeline`, or if the weights cannot be read; one sentence.
     """
-    check_pipeline(model, pipeline_class)
+    check_pipeline(model, pipeline_class.__name__)
     packing = {"quantization_config": four_bits(dtype)} if nf4 else {}
     try:
         pipe = pipeline_class.from_pretrained(model, dtype=dtype, **packing)
@@ -457,6 +557,12 @@ def check_weights(model: str, name: str, component: torch.nn.Module) -> None:
     lacking = [min(names) for names in by_weight.values() if not names & (stored | short)]
     if files and lacking:
         raise ValueError(f"--model {model}: the files of its {name} lack {len(lacking)} weights, such as {lacking[0]}")
+
+
+def lora_layers(transformer: torch.nn.Module) -> list[str]:
+    """The names of the layers that a LoRA is added to."""
+    layers = [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
+    return [name for name in layers if name.endswith(LORA_TARGETS)]
 
 
 def start_from(pipe: DiffusionPipeline, rank: int, source: str) -> None:

@@ -5,11 +5,13 @@
     aesthetic                           CLIP and a head      a number from the features of the picture alone
     imagereward                         BLIP and a head      the text tower reads the prompt and looks at the picture
     videoalign, -vq, -mq, -ta           Qwen2-VL and a head  a language model watches the video and rates it
+    vlm, vlm-7b                         Qwen2.5-VL           the probability that it answers a question with Yes
 
 1. pretrained.py finds the official files, or says how to fetch them, and makes models of exactly these weights.
 2. A `Scorer` takes float pictures and prompts, prepares both as the official package does, and scores them in batches,
    without gradients.
 3. `make reference` proves every score equal to the official package's, in an environment of its own (docs/rewards.md).
+   vlm needs none: transformers itself is the official package, and tests/test_vlm.py compares with what it generates.
 
 Each model gets the preparation that it was trained with, down to how half a pixel is rounded; they differ:
 
@@ -18,6 +20,7 @@ Each model gets the preparation that it was trained with, down to how half a pix
     clip, aesthetic, imagereward   shorter side 224   centre crop, half a pixel to even   Pillow's, on bytes
     pickscore                      shorter side 224   centre crop, half a pixel down      Pillow's, on bytes
     videoalign                     multiples of 28    rounded to bytes                    torch's, on floats
+    vlm, vlm-7b                    multiples of 28    nothing                             Pillow's, on bytes
 
 Why the packages are not simply imported: they pin old libraries (requirements-reference.txt), which cannot be installed
 beside those that run FLUX and Wan.
@@ -47,12 +50,15 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
     Qwen2VLModel,
 )
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 
-from pretrained import FILES, Setup, build, read_weights, renamed, tokenizer, weight_files
+from pretrained import FILES, TOKEN, Setup, build, read_weights, renamed, tokenizer, weight_files
 
 # Mean and standard deviation of the colours that all these models were trained with, RGB in [0, 1].
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -459,17 +465,19 @@ CHAT = (
 PAD = "<|video_pad|>"  # the place of one token of the video in the text
 RATINGS = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment
 PATCH = 14  # pixels; the model merges 2 x 2 patches into a token, so a frame's sides are multiples of 28
-FPS = 16  # frames per second of Wan2.1's videos
 
 
-def no_tokens(prompt: str) -> None:
-    """Refuse a prompt that spells out one of Qwen2-VL's own tokens: it could pose as the place of a rating.
+def no_tokens(prompt: str, reward: str = "videoalign") -> None:
+    """Refuse a prompt that spells out one of Qwen's own tokens: it could pose as the place of a rating or of a picture.
+
+    Args:
+        prompt: to be checked. reward: that it is for, which the message names.
 
     Raises:
         CannotScore: naming the prompt.
     """
-    if re.search(r"<\|\w+\|>", prompt):
-        raise CannotScore(f"the videoalign reward has tokens written <|so|>; the prompt {prompt!r} holds one")
+    if re.search(TOKEN, prompt):
+        raise CannotScore(f"the {reward} reward has tokens written <|so|>; the prompt {prompt!r} holds one")
 
 
 def frame_size(height: int, width: int, most: int, least: int = 128 * 28**2) -> tuple[int, int]:
@@ -515,7 +523,7 @@ class VideoAlign(Scorer):
 
     The ratings are visual quality, motion quality and text alignment. Each is about -2 to 2, with mean 0 and standard
     deviation 1 over its authors' videos; higher is better. It watches 2 frames per second, and at least 4, of at most
-    200,704 pixels each. Weights: KwaiVGI/VideoReward (Apache-2.0).
+    200,704 pixels each, so a rating depends on the frame rate. Weights: KwaiVGI/VideoReward (Apache-2.0).
     Hacked by slow, smooth, glossy videos.
 
     As in its authors' code, the tokens of a video are counted like words, without positions in time and space.
@@ -554,13 +562,18 @@ class VideoAlign(Scorer):
         self.head = torch.nn.Linear(head.shape[1], 1, bias=False).requires_grad_(False)  # float32
         self.head.weight.copy_(head)
 
-        # last_call: a weak reference to the videos of the last call, its prompts and its ratings.
+        # last_call: a weak reference to the videos of the last call, its prompts and frame rate, and its ratings.
         self.models, self.setup, self.last_call = [self.model, self.head], setup, None
+        self.fps = setup.fps
 
-    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, videos: Tensor, prompts: list[str], fps: float | None = None) -> Tensor:
         """(B, F, 3, H, W) in [0, 1] and B prompts -> (B, 3) ratings, float32 on the CPU.
 
         The rewards -vq, -mq and -ta ask for the same videos one after the other: the ratings of the last call are kept.
+
+        Args:
+            videos, prompts: see above.
+            fps: frames per second of these videos; None: those of the setup.
 
         Raises:
             CannotScore: if these are no videos of two frames or more.
@@ -570,16 +583,18 @@ class VideoAlign(Scorer):
 
         # The same tensor, not an equal one: that is quick to tell. The reference is weak, so that the videos' memory is
         # freed when nobody else needs them, and a new tensor at their address is not taken for them.
-        if self.last_call is None or self.last_call[0]() is not videos or self.last_call[1] != prompts:
-            self.last_call = weakref.ref(videos), prompts, super().__call__(videos, prompts)
+        asked = prompts, fps or self.setup.fps
+        if self.last_call is None or self.last_call[0]() is not videos or self.last_call[1] != asked:
+            self.fps = asked[1]
+            self.last_call = weakref.ref(videos), asked, super().__call__(videos, prompts)
         return self.last_call[2]
 
     def frames(self, videos: np.ndarray) -> Tensor:
         """The frames that are watched, n of them, resized: (B, F, H, W, 3) uint8 -> (B, n, 3, h, w) in [0, 1]."""
         # 2 frames per second and at least 4, but not more than there are, and an even number: a patch covers two.
-        # 81 frames last 81 / 16 = 5.06 s, which asks for 10.1 frames: 10. 33 frames ask for 4.1: 4.
+        # At 16 frames per second 81 frames last 81 / 16 = 5.06 s, which asks for 10.1 frames: 10. 33 ask for 4.1: 4.
         total, (height, width) = videos.shape[1], videos.shape[2:4]
-        n = round(min(max(total / FPS * self.video_config["fps"], 4), total // 2 * 2) / 2) * 2
+        n = round(min(max(total / self.fps * self.video_config["fps"], 4), total // 2 * 2) / 2) * 2
 
         # Evenly spread, the first and the last among them: 4 of 33 are 0, 11, 21, 32.
         x = torch.from_numpy(videos[:, torch.linspace(0, total - 1, n).round().long().numpy()])  # (B, n, H, W, 3)
@@ -626,11 +641,100 @@ class VideoAlign(Scorer):
         return (rated.cpu() - self.mean) / self.std
 
 
-# One model for all rewards of the same setup, since each would need its own 5 GB.
+# One model for all rewards of the same setup and for all frame rates, since each would need its own 5 GB.
 shared_video_align = lru_cache(maxsize=1)(VideoAlign)
 
 
 def video_align(which: slice, setup: Setup):
     """The reward that sums some of VideoAlign's ratings; `which` is a slice of (VQ, MQ, TA), as in pretrained.PARTS."""
     model = shared_video_align(setup)
-    return lambda videos, prompts: model(videos, prompts)[:, which].sum(1)
+    return lambda videos, prompts: model(videos, prompts, setup.fps)[:, which].sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- vlm
+# Qwen2.5-VL's names of weights -> transformers'.
+QWEN2_5 = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.)": "model.language_model."}
+PICTURE = "<|image_pad|>"  # the place of one token of the picture in the text
+
+
+class Vlm(Scorer):
+    """How sure Qwen2.5-VL is of Yes when it is asked about picture and prompt, in the manner of VQAScore.
+
+        score = P(Yes) / (P(Yes) + P(No)) = 1 / (1 + exp(l_No - l_Yes))
+
+    with P the probabilities of the first token of its answer and l their logits. The range is [0, 1]; higher is closer
+    to the prompt. What is asked is `setup.question`. Weights: Qwen/Qwen2.5-VL-3B-Instruct (Qwen Research License: no
+    commercial use) or, as vlm-7b, Qwen/Qwen2.5-VL-7B-Instruct (Apache-2.0).
+    Hacked by whatever the question leaves out, and by the prompt written into the picture.
+
+    VQAScore (arXiv:2404.01291) takes P(Yes) alone, out of all tokens of the vocabulary. That also rises when the model
+    merely puts its answer in the form that is asked for, for instance Yes instead of yes or This, and a policy would be
+    paid for it. Among Yes and No only the verdict counts. The ratio exceeds P(Yes) by itself times what the other
+    tokens have: by 0.01 at most where Yes and No have 99 per cent.
+    """
+
+    def __init__(self, name: str, setup: Setup):
+        *weights, settings, preparation, vocabulary, template = weight_files(name, setup)
+        try:
+            config = Qwen2_5_VLConfig(**json.loads(settings.read_text()))
+            self.prepare = Qwen2VLImageProcessorPil(**json.loads(preparation.read_text()))
+            self.template = json.loads(template.read_text())["chat_template"]
+
+            # Padding stands on the left, so that the answer begins in the last column whatever the prompt's length.
+            arguments = {"pad_token": "<|endoftext|>", "padding_side": "left"}
+            self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(vocabulary), **arguments)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            names = f"{settings}, {preparation}, {template} or {vocabulary}"
+            raise ValueError(f"{names} is damaged ({type(error).__name__}: {error}): fetch it again") from error
+
+        # Another model's vocabulary would score too, and wrongly. This one has Yes and No as whole tokens, and numbers
+        # the place of a picture as the config says. (The config's vocabulary is a little larger: the rest is unused.)
+        self.yes_and_no = self.tokenizer.convert_tokens_to_ids(["Yes", "No"])
+        if None in self.yes_and_no or self.tokenizer.convert_tokens_to_ids(PICTURE) != config.image_token_id:
+            raise ValueError(f"{vocabulary} is damaged or not that of {settings}: fetch it again")
+
+        # The smaller model's output weights are its embedding, which its files hold only once.
+        state = {}
+        for path in weights:
+            state |= renamed(read_weights(path), QWEN2_5)
+        if config.tie_word_embeddings and "model.language_model.embed_tokens.weight" in state:
+            state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+
+        every = weights[0].with_name("model-*.safetensors")  # for errors: the files are one model
+        self.model = build(Qwen2_5_VLForConditionalGeneration, config, state, every, setup.dtype)
+        self.models, self.setup = [self.model], setup
+
+    def text(self, prompt: str) -> str:
+        """What the model reads: a conversation of one message, the picture and the question, up to the answer."""
+        # `replace` and not `format`: a prompt may hold braces of its own.
+        question = {"type": "text", "text": self.setup.question.replace("{prompt}", prompt)}
+        message = {"role": "user", "content": [{"type": "image"}, question]}
+
+        rendering = {"chat_template": self.template, "add_generation_prompt": True, "tokenize": False}
+        return self.tokenizer.apply_chat_template([message], **rendering)
+
+    def scores(self, pictures: np.ndarray, prompts: list[str]) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B,) scores in [0, 1]."""
+        device = self.setup.device
+
+        # Resized to multiples of 28, normalised, and cut into patches of 14 x 14 pixels. `grids` are the numbers of
+        # patches in time, in a column and in a row, all pictures being of one size. 64 x 128 pixels become 56 x 140 and
+        # 1 x 4 x 10 patches; each of them holds its picture twice, as if it were two frames of a video.
+        prepared = self.prepare(list(pictures), input_data_format="channels_last", return_tensors="pt").to(device)
+        pixels, grids = prepared["pixel_values"], prepared["image_grid_thw"]  # (all patches, 3 * 2 * 14 * 14), (B, 3)
+
+        # The text has one <|image_pad|>. The model wants one for each token of the picture, that is for 2 x 2 patches.
+        places = PICTURE * (int(grids[0].prod()) // self.prepare.merge_size**2)
+        texts = [self.text(prompt).replace(PICTURE, places) for prompt in prompts]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)  # (B, L)
+
+        # 1 for the tokens of the picture, 0 for words. Without it the model would count the former like words, and not
+        # give them rows and columns.
+        kinds = (tokens.input_ids == self.model.config.image_token_id).int()  # (B, L)
+        seen = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": kinds, "use_cache": False}
+        hidden = self.model.model(tokens.input_ids, tokens.attention_mask, **seen).last_hidden_state  # (B, L, C)
+
+        # The last state says what comes next. Only the logits of Yes and No are needed, and they are evaluated in
+        # float32: bfloat16 has no number between 20 and 20.125, and many leaves would tie.
+        head = self.model.lm_head.weight[self.yes_and_no].float()  # (2, C)
+        return (hidden[:, -1].float() @ head.T).softmax(1)[:, 0]

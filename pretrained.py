@@ -24,7 +24,7 @@ What is refused, each time with a ValueError, and why:
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -73,6 +73,26 @@ PARTS = {
 }
 FILES |= dict.fromkeys(PARTS, FILES["videoalign"])
 
+# Reward -> the repository of its Qwen2.5-VL, and the number of files that the weights are spread over.
+VLMS = {"vlm": ("Qwen/Qwen2.5-VL-3B-Instruct", 2), "vlm-7b": ("Qwen/Qwen2.5-VL-7B-Instruct", 5)}
+VLM_SETTINGS = ["config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.json"]
+
+
+def shards(n: int) -> list[str]:
+    """The names of n files with one model's weights: model-00001-of-00002.safetensors and so on.
+
+    The hub also has model.safetensors.index.json, which says what lies in which of them. Nothing needs it here: all of
+    them are read, and `build` compares every name.
+    """
+    return [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+
+
+FILES |= {name: [(repo, file) for file in shards(n) + VLM_SETTINGS] for name, (repo, n) in VLMS.items()}
+
+# What these rewards ask about a picture, {prompt} being the place of the prompt; and how Qwen's own tokens are written.
+QUESTION = 'Does this picture show "{prompt}"? Answer Yes or No.'
+TOKEN = r"<\|\w+\|>"
+
 
 # ------------------------------------------------------------------------------------------------------ finding files
 @dataclass(frozen=True)
@@ -84,6 +104,12 @@ class Setup:
     dtype: of weights and activations. Features are compared, and heads evaluated, in float32 whatever it is.
     offload: whether the models go back to the CPU after every scoring, so that the policy has the GPU to itself.
     batch: the most pictures or videos that are scored at once.
+    question: what `vlm` asks about every picture, to be answered with Yes or No; {prompt} is the place of the prompt.
+    fps: frames per second of the videos, by which VideoAlign chooses the frames that it watches; Wan2.1's are 16.
+
+    Raises:
+        ValueError: if the question has no place for the prompt, and so is the same for all prompts; or if it spells out
+            one of the model's own tokens, which could pose as the picture.
     """
 
     weights: str | None = None
@@ -91,6 +117,13 @@ class Setup:
     dtype: torch.dtype = torch.float32
     offload: bool = False
     batch: int = 32
+    question: str = QUESTION
+    fps: float = field(default=16, compare=False)  # not compared: the model is the same at any rate
+
+    def __post_init__(self):
+        if "{prompt}" not in self.question or re.search(TOKEN, self.question):
+            rule = "must hold {prompt}, the place of the prompt, and no token written <|so|>"
+            raise ValueError(f"--reward-question {rule}; got {self.question!r}")
 
 
 def locate(repository: str, file: str, folder: str | None) -> Path | None:

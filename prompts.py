@@ -1,6 +1,6 @@
 """Prompts: how they are read, and which of them an iteration takes.
 
-1. `read_prompts`   a file of any kind, or a data set of the hub -> a list of different prompts
+1. `read_records`   a file of any kind, or a data set of the hub -> different prompts, with rewards of their own or none
 2. `load_prompts`   the prompts to train on, and the held-out ones, which have none in common with them
 3. `prompts_at`     an endless stream of the training prompts: each epoch is a new permutation of all of them
 4. `drawn_prompts`  the prompts of one iteration; those that teach nothing may give way to others
@@ -128,16 +128,24 @@ def cells_of(path: Path, **form) -> list[dict]:
     return rows
 
 
-def columns_for(names: list[str], column: str) -> list[str]:
-    """The columns of a wide table that `field_of` may look into; others may hold pictures, and are not read."""
-    first = column.partition(".")[0].lower()
-    return [name for name in names if name == column or name.lower() == first]
+def columns_for(names: list[str], column: str, reward_column: str | None = None) -> list[str]:
+    """The columns of a wide table that `field_of` may look into; others may hold pictures, and are not read.
+
+    Returns:
+        Names; none where the column of prompts is not among them.
+    """
+
+    def fits(name: str, asked: str | None) -> bool:
+        return asked is not None and (name == asked or name.lower() == asked.partition(".")[0].lower())
+
+    there = any(fits(name, column) for name in names)
+    return [name for name in names if there and (fits(name, column) or fits(name, reward_column))]
 
 
-def parquet_of(path: Path, column: str) -> list[dict]:
+def parquet_of(path: Path, column: str, reward_column: str | None = None) -> list[dict]:
     """A parquet table, without the columns that are not asked for."""
     table = pyarrow.parquet.ParquetDataset(path)
-    names = columns_for(table.schema.names, column)
+    names = columns_for(table.schema.names, column, reward_column)
     return table.read(names).to_pylist() if names else [dict.fromkeys(table.schema.names)]
 
 
@@ -191,7 +199,19 @@ def text_of(value) -> str | None:
     raise ValueError(f"holds {kinds.get(type(value), type(value).__name__)}, not text")
 
 
-def rows_of(path: str, column: str) -> list:
+def reward_text(row, column: str | None) -> str | None:
+    """The rewards that a record names for its prompt, as "ocr:1,jpeg:0.1"; None where it has no such field.
+
+    Raises:
+        ValueError: if the field holds no text.
+    """
+    try:
+        return (text_of(field_of(row, column)) or "").strip() if column and isinstance(row, dict) else None
+    except KeyError:
+        return None
+
+
+def rows_of(path: str, column: str, reward_column: str | None = None) -> list:
     """What a file or a data set of the hub holds: prompts, or records that hold one each.
 
     Raises:
@@ -203,14 +223,14 @@ def rows_of(path: str, column: str) -> list:
         if not name:
             raise ValueError("it must be hub:NAME or hub:NAME:SPLIT")
         table = datasets.load_dataset(name, split=split or "train")
-        names = columns_for(table.column_names, column)
+        names = columns_for(table.column_names, column, reward_column)
         return list(table.select_columns(names)) if names else [dict.fromkeys(table.column_names)]
 
     if not path:
         raise ValueError("its name is empty")
     ending = Path(path).suffix.lower()
     if ending == ".parquet":
-        return parquet_of(Path(path), column)
+        return parquet_of(Path(path), column, reward_column)
     if ending not in READERS:
         raise ValueError("it is a folder" if Path(path).is_dir() else f"its ending is none of {', '.join(ENDINGS)}")
     return READERS[ending](Path(path))
@@ -218,6 +238,16 @@ def rows_of(path: str, column: str) -> list:
 
 def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
     """The prompts of a file or of a data set of the hub, in their order, without blank ones and repeats.
+
+    Arguments and errors are those of `read_records`.
+    """
+    return list(dict.fromkeys(prompt for prompt, _ in read_records(path, flag, column)))
+
+
+def read_records(
+    path: str, flag: str, column: str = "prompt", reward_column: str | None = None
+) -> list[tuple[str, str | None]]:
+    """Prompts and their own rewards, of a file or of a data set of the hub, in their order.
 
     Args:
         path: one of
@@ -227,18 +257,23 @@ def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
             hub:NAME or hub:NAME:SPLIT, a data set of the hub, by default its split `train`.
         flag: the flag that named the path, for errors.
         column: the field of a record, or the column of a table, that holds the prompt; dotted, one inside it.
+        reward_column: likewise, the field that holds the prompt's own rewards; None asks for none.
+
+    Returns:
+        Pairs, without blank prompts and repeats: the prompt, and the text of its rewards, None where it has no such
+        field. A prompt stands twice only where it has two different texts.
 
     Raises:
         ValueError: one sentence, if the path is missing, cannot be read, lacks the column or holds no prompt.
     """
     try:
-        rows = rows_of(path, column)
+        rows = rows_of(path, column, reward_column)
     except (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError) as error:
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise ValueError(f"{flag} {path} cannot be read: {reason}") from error
 
     # A record is asked for its column; the columns that there are help where it has none of this name.
-    texts = []
+    texts, rewards = [], []
     for row in rows:
         try:
             texts.append(text_of(field_of(row, column) if isinstance(row, dict) else row))
@@ -252,26 +287,59 @@ def read_prompts(path: str, flag: str, column: str = "prompt") -> list[str]:
                 raise ValueError(f"{flag} {path} {error}") from error
             message = f"{flag} {path}: the column {column!r} {error}; name another with --prompt-column"
             raise ValueError(message) from error
+        try:
+            rewards.append(reward_text(row, reward_column))
+        except ValueError as error:
+            raise ValueError(f"{flag} {path}: the column {reward_column!r} {error} such as 'ocr:1'") from error
 
     # Spaces at the ends do not count. A dictionary keeps the first of equal prompts, and the order: "a ", "", "b", "a"
     # become "a", "b". A repeat would be drawn twice per epoch, and could be trained on and held out at once.
-    prompts = list(dict.fromkeys(filter(None, (text.strip() for text in texts if text is not None))))
-    if not prompts:
+    pairs = ((text.strip(), reward) for text, reward in zip(texts, rewards) if text is not None)
+    records = list(dict.fromkeys(pair for pair in pairs if pair[0]))
+    if not records:
         raise ValueError(f"{flag} {path} holds no prompt")
 
     # UTF-16 read as UTF-8 has a zero beside every letter, and JSON can hold half of a character, "\\ud83d" alone, that
     # no tokenizer takes.
-    for prompt in prompts:
+    for prompt, _ in records:
         if re.search("[\0\ud800-\udfff]", prompt):
             raise ValueError(f"{flag} {path}: the prompt {short(prompt)} is no UTF-8 text")
-    return prompts
+    return records
+
+
+def rewards_of(args, records: list[tuple[str, str | None]]) -> dict[str, str] | None:
+    """With --reward-column: prompt -> the text of its rewards, "" where those of --reward serve. Else None.
+
+    Args:
+        args: the flags --reward-column, --prompts and --eval-prompts.
+        records: of all files together, see `read_records`.
+
+    Raises:
+        ValueError: if no record has such a field, or a prompt has two different ones: which would count?
+    """
+    if args.reward_column is None:
+        return None
+    files = " or ".join(path for path in (args.prompts, args.eval_prompts) if path) or "the embedded prompts"
+    if all(text is None for _, text in records):
+        needed = 'it takes a file of records, such as {"prompt": ..., "rewards": "ocr:1"} in .jsonl'
+        raise ValueError(f"--reward-column {args.reward_column}: nothing in {files} has this field; {needed}")
+
+    rewards = {}
+    for prompt, text in records:
+        first = rewards.setdefault(prompt, text or "")
+        if first != (text or ""):
+            both = f"{first or 'none'} and {text or 'none'}"
+            raise ValueError(f"--reward-column: the prompt {short(prompt)} of {files} has two sets of rewards, {both}")
+    return rewards
 
 
 def load_prompts(args, train: str, heldout: str) -> tuple[list[str], list[str]]:
     """The prompts to train on and the held-out ones. With --plan both are empty: arithmetic needs none.
 
+    With --reward-column, `args.prompt_rewards` becomes what `rewards_of` returns, without it None.
+
     Args:
-        args: the flags --prompts, --eval-prompts, --prompt-column, --iterations and --plan.
+        args: the flags --prompts, --eval-prompts, --prompt-column, --reward-column, --iterations and --plan.
         train, heldout: the embedded files; they serve where --prompts is not given.
 
     Raises:
@@ -280,12 +348,16 @@ def load_prompts(args, train: str, heldout: str) -> tuple[list[str], list[str]]:
     if args.plan:
         return [], []
     own = args.prompts is not None  # "" is what an unset variable of the shell leaves: no wish for the embedded ones
-    prompts = read_prompts(args.prompts if own else str(train), "--prompts", args.prompt_column)
+    columns = args.prompt_column, args.reward_column
+    records = read_records(args.prompts if own else str(train), "--prompts", *columns)
+    prompts = list(dict.fromkeys(prompt for prompt, _ in records))
 
     # Held-out prompts of their own: those of --eval-prompts, or the embedded ones beside the embedded training prompts.
     if args.eval_prompts is not None or not own:
         path = str(heldout) if args.eval_prompts is None else args.eval_prompts
-        held_out = read_prompts(path, "--eval-prompts", args.prompt_column)
+        held_records = read_records(path, "--eval-prompts", *columns)
+        held_out = list(dict.fromkeys(prompt for prompt, _ in held_records))
+        records = records + held_records
 
     # Else a tenth of --prompts is held out, at least one. It is drawn at random, because a file may be sorted, and
     # always with the same seed, so that runs with different seeds are judged by the same prompts.
@@ -295,6 +367,7 @@ def load_prompts(args, train: str, heldout: str) -> tuple[list[str], list[str]]:
         prompts, held_out = shuffled[:-n], shuffled[-n:]
     if not prompts:
         raise ValueError(f"--prompts {args.prompts} needs at least two prompts, or --eval-prompts beside it")
+    args.prompt_rewards = rewards_of(args, records)
 
     # A held-out prompt that is trained on would measure memory, so it leaves training. Without training, let it be.
     unseen = set(held_out)
@@ -310,9 +383,13 @@ def load_prompts(args, train: str, heldout: str) -> tuple[list[str], list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------------------- taking
-def digest_of(prompts: list[str], heldout: list[str]) -> str:
-    """A hash of all prompts in their order, by which other prompts under the same name are noticed."""
+def digest_of(prompts: list[str], heldout: list[str], rewards: dict[str, str] | None = None) -> str:
+    """A hash of all prompts in their order, and of their own rewards, by which other ones under the same name are
+    noticed.
+    """
     text = "\n".join([*prompts, "", *heldout])
+    if rewards:
+        text += "\n\n" + "\n".join(rewards[prompt] for prompt in (*prompts, *heldout))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 

@@ -10,6 +10,7 @@ and the node that is selected play.
 """
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -63,7 +64,7 @@ def compare(run) -> None:
     pairs = (loop.strip(before, 9), loop.strip(after, 9), prompts)
     attempt(before_after, *pairs, run.out / "before_after.png", columns)
     if before.ndim == 5:
-        attempt(play, before, after, prompts, run.out / "before_after")
+        attempt(play, before, after, prompts, run.out / "before_after", run.args.fps)
 
 
 def attempt(draw, *args) -> None:
@@ -114,8 +115,11 @@ def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path, 
     save(fig, path, 100)
 
 
-def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns: int = 6, side: int = 96) -> None:
-    """before_after.mp4 and .gif: pairs of videos (B, F, 3, H, W), before on the left, each of about `side` pixels."""
+def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, fps=8, columns: int = 6, side=96) -> None:
+    """before_after.mp4 and .gif: pairs of videos (B, F, 3, H, W), before on the left, each of about `side` pixels.
+
+    They play at `fps` frames per second, the GIF as nearly as its unit allows: it counts in hundredths of a second.
+    """
     # Small videos are enlarged by a whole factor. Large ones have players of their own; here every n-th pixel will do.
     enlarge, columns = max(1, side // before.shape[-1]), min(columns, len(before))
     shrink = max(1, before.shape[-1] // (2 * side))
@@ -141,7 +145,8 @@ def play(before: Tensor, after: Tensor, prompts: list[str], path: Path, columns:
     # The codec wants even sides.
     frames = np.concatenate(rows, 1)  # (F, height, width, 3)
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-    for suffix, options in ((".mp4", {"fps": 8, "macro_block_size": 1}), (".gif", {"duration": 125, "loop": 0})):
+    gif = {"duration": round(1000 / fps), "loop": 0}  # milliseconds per frame
+    for suffix, options in ((".mp4", {"fps": fps, "macro_block_size": 1}), (".gif", gif)):
         with replacing(path.with_suffix(suffix)) as unfinished:
             imageio.mimwrite(unfinished, frames, **options)
 
@@ -202,7 +207,10 @@ def tree(run) -> None:
 
     # Credit and pruning as in training.
     leaves = policy.decode(out.latents[-1][0])
-    scores = R.score(run.rewards, leaves, [prompt] * forest.leaves)
+    scores = R.score_own(run.rewards, leaves, [prompt] * forest.leaves, run.own)
+    if run.own:  # for this prompt, its own rewards are those of the run
+        scores = {name: s for name, s in scores.items() if name in run.own[prompt]}
+        run = dataclasses.replace(run, weights={name: w for name, w in run.own[prompt].items() if w})
     rewards, ranking, advantages = loop.credit_leaves(run, out, forest, scores)
     keep = kept_edges(args, schedule, ranking, advantages)
 

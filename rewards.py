@@ -10,6 +10,7 @@
 3. jpeg, jpeg-large    minus the size of the picture as a JPEG, in kB; plus the size              below 0 / above 0
 4. motion, temporal    of videos: optical flow against the prompt's direction; warping and flicker             [0, 1]
 5. hpsv2, pickscore, clip, aesthetic, imagereward, videoalign: preference models, see preference.py
+6. vlm, vlm-7b         is this the prompt? How sure a vision-language model is of Yes, see preference.py       [0, 1]
 
 Several rewards are weighted and summed, as in `--reward ocr:1,jpeg:0.1`; others are only watched (`--watch`). A policy
 learns what its reward asks for and nothing else: ocr is blind to colour, so a policy trained on it alone drifts from
@@ -23,13 +24,16 @@ CannotScore on them, so that a run stops before its first step. docs/rewards.md 
 """
 
 import argparse
+import dataclasses
 import io
 import json
+import math
 import os
 import re
 import textwrap
 import traceback
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -39,7 +43,7 @@ import cv2
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageSequence
 from torch import Tensor
 
 from preference import (
@@ -49,14 +53,17 @@ from preference import (
     Hpsv2,
     ImageReward,
     PickScore,
+    Vlm,
     no_tokens,
     to_uint8,
     video_align,
 )
-from pretrained import FILES, PARTS, Setup, weight_files
+from pretrained import FILES, PARTS, QUESTION, VLMS, Setup, weight_files
+from prompts import short
 
 DEFAULT = Setup()  # preference models from the hub's cache, in float32 on the CPU
 Reward = Callable[[Tensor, list[str]], Tensor]
+Own = dict[str, dict[str, float]]  # prompt -> name -> weight, see `own_weights`
 
 
 def sampled_frames(videos: Tensor, n: int = 3) -> Tensor:
@@ -365,6 +372,7 @@ REWARDS: dict[str, Callable[[Setup], Reward]] = {
     "motion": lambda setup: motion,
     "temporal": lambda setup: temporal,
     **{name: partial(video_align, which) for name, which in PARTS.items()},
+    **{name: partial(Vlm, name) for name in VLMS},
 }
 
 # Name -> a function of a prompt that raises CannotScore if the reward cannot score it. Its result is not used.
@@ -373,6 +381,7 @@ CHECKS: dict[str, Callable[[str], object]] = {
     "colour": wanted_colour,
     "motion": wanted_motion,
     **dict.fromkeys(PARTS, no_tokens),
+    **{name: partial(no_tokens, reward=name) for name in VLMS},
 }
 
 # Rewards that take whole videos. All others see a video's first, middle and last frame.
@@ -418,37 +427,77 @@ def can_score(name: str, prompts: list[str]) -> bool:
     return True
 
 
+def watched_names(watch: str, prompts: list[str], video: bool) -> list[str]:
+    """The rewards of --watch; 'auto' takes those of ocr, colour and, for videos, motion that can score every prompt."""
+    quick = ("ocr", "colour", "motion") if video else ("ocr", "colour")
+    return [n for n in quick if can_score(n, prompts)] if watch == "auto" else [*parse_weights(watch, "--watch")]
+
+
+def own_weights(texts: dict[str, str] | None, reward: str, watched=()) -> Own:
+    """The rewards of each prompt by itself, with --reward-column.
+
+    Args:
+        texts: prompt -> 'name:weight,...', or '' where those of --reward serve; None without --reward-column.
+        reward: that of --reward.
+        watched: names of rewards that are measured on every prompt.
+
+    Returns:
+        prompt -> name -> weight, 0 for what is only watched: a reward is asked about the prompts that name it, and
+        about no other. Empty without --reward-column.
+
+    Raises:
+        ValueError: for an unknown reward, or where all weights are 0, naming the prompt.
+    """
+    own, by_text = {}, {}
+    for prompt, text in (texts or {}).items():
+        if text not in by_text:  # thousands of prompts have a handful of texts
+            flag = f"--reward-column: the prompt {short(prompt)}"
+            weights = parse_weights(text or reward, flag)
+            if not any(weights.values()):
+                raise ValueError(f"{flag} needs a reward with a weight other than 0, got {text or reward!r}")
+            by_text[text] = dict.fromkeys(watched, 0.0) | weights
+        own[prompt] = by_text[text]
+    return own
+
+
+def sets_of_rewards(own: Own, prompts: list[str]) -> dict[str, int]:
+    """How many prompts have each set of rewards of their own, such as {"ocr:1": 12, "jpeg:1,colour:0.5": 3}."""
+    return dict(Counter(",".join(f"{name}:{w:g}" for name, w in own[p].items()) for p in prompts if own))
+
+
 def load_rewards(
-    reward: str, watch: str, prompts: list[str], blank: Tensor, setup: Setup = DEFAULT
+    reward: str, watch: str, prompts: list[str], blank: Tensor, setup: Setup = DEFAULT, own: Own | None = None
 ) -> tuple[dict[str, Reward], dict[str, float]]:
     """The rewards to optimise and to watch, tried on every prompt and on one blank picture before any long work.
 
     Args:
         reward: 'name:weight,...', to optimise.
-        watch: names, to measure only; 'auto' takes those of ocr, colour and, for videos, motion that can score every
-            prompt.
+        watch: names, to measure only, or 'auto': see `watched_names`.
         prompts: all that will be scored.
         blank: (1, 3, H, W) or (1, F, 3, H, W), of the size that will be scored.
         setup: where preference models lie, and how they run.
+        own: the rewards of each prompt by itself, from `own_weights`; then those of `reward` serve only where no
+            prompt has others.
 
     Returns:
-        name -> reward, the optimised ones first; and name -> weight, of the optimised ones.
+        name -> reward, the optimised ones first; and name -> weight, of those of `reward`.
 
     Raises:
         ValueError: for an unknown reward, or a weight file that is missing or damaged.
         CannotScore: for a prompt or a size that a reward cannot score; it is a ValueError too.
     """
-    # 'auto' takes the quick rewards whose check passes on every prompt.
-    weights = parse_weights(reward, "--reward")
-    automatic = ("ocr", "colour", "motion") if blank.ndim == 5 else ("ocr", "colour")
-    watched = [n for n in automatic if can_score(n, prompts)] if watch == "auto" else parse_weights(watch, "--watch")
-    names = list(dict.fromkeys([*weights, *watched]))  # a reward that is optimised and watched stands once
+    # A reward that is optimised and watched stands once. With rewards of their own, prompts decide what is optimised.
+    weights, watched = parse_weights(reward, "--reward"), watched_names(watch, prompts, blank.ndim == 5)
+    optimised = dict.fromkeys(n for each in own.values() for n, w in each.items() if w) if own else weights
+    names = list(dict.fromkeys([*optimised, *watched]))
+    asked = {name: [p for p in prompts if not own or name in own[p]] for name in names}  # the prompts that it scores
 
     # The quick checks come first: all prompts, then all files, before the first model is read.
-    flags = {name: f"--reward {name}" if name in weights else f"--watch {name}" for name in names}
+    flag = "--reward-column" if own else "--reward"
+    flags = {name: f"{flag if name in optimised else '--watch'} {name}" for name in names}
     for name in names:
         try:
-            for prompt in prompts:
+            for prompt in asked[name]:
                 CHECKS.get(name, str)(prompt)
         except CannotScore as error:
             raise CannotScore(f"{flags[name]}: {error}") from error
@@ -461,9 +510,9 @@ def load_rewards(
     for name in names:
         reward_of_name = make(name, setup)
         try:
-            score({name: reward_of_name}, blank, prompts[:1])
+            score({name: reward_of_name}, blank, asked[name][:1])
         except CannotScore as error:
-            if watch == "auto" and name not in weights:
+            if watch == "auto" and name not in optimised:
                 continue
             raise CannotScore(f"{flags[name]}: {error}") from error
         rewards[name] = reward_of_name
@@ -491,6 +540,32 @@ def score(rewards: dict[str, Reward], pictures: Tensor, prompts: list[str]) -> d
             scores[name] = ask(name, reward, frames, frame_prompts).view(-1, 3).mean(1)
         else:
             scores[name] = ask(name, reward, pictures, prompts)
+    return scores
+
+
+def score_own(rewards: dict[str, Reward], pictures: Tensor, prompts: list[str], own: Own) -> dict[str, Tensor]:
+    """`score`, but with rewards of the prompts' own: each is asked about the rows only whose prompts name it.
+
+    With own = {"a": {"ocr": 1}, "b": {"jpeg": 1}} and the prompts a a b, ocr sees the rows 0 and 1, and jpeg row 2:
+    {"ocr": [0.5, 0.7, nan], "jpeg": [nan, nan, -2.1]}.
+
+    Args:
+        rewards, pictures, prompts: see `score`.
+        own: from `own_weights`; empty, all rewards score all rows.
+
+    Returns:
+        name -> (B,) float32, nan in the rows that it was not asked about.
+    """
+    if not own:
+        return score(rewards, pictures, prompts)
+
+    # Rewards of the same rows are asked together, about the same tensor: VideoAlign's then watch each video once.
+    rows_of = {name: tuple(i for i, prompt in enumerate(prompts) if name in own[prompt]) for name in rewards}
+    scores = {name: torch.full((len(prompts),), torch.nan) for name in rewards}
+    for rows in filter(None, dict.fromkeys(rows_of.values())):  # of several processes one may have no such prompt
+        group = {name: reward for name, reward in rewards.items() if rows_of[name] == rows}
+        for name, values in score(group, pictures[list(rows)], [prompts[i] for i in rows]).items():
+            scores[name][list(rows)] = values
     return scores
 
 
@@ -566,12 +641,39 @@ def ask(name: str, reward: Reward, pictures: Tensor, prompts: list[str]) -> Tens
     return values
 
 
-def weighted_sum(scores: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+def weighted_sum(scores: dict[str, Tensor], weights: dict[str, float | Tensor]) -> Tensor:
     """The reward to optimise: sum_k w_k r_k, (B,); rewards without a weight are only watched."""
-    return sum(w * scores[name] for name, w in weights.items())
+    return sum(weighted(scores[name], w) for name, w in weights.items())
+
+
+def weighted(score: Tensor, weight: float | Tensor) -> Tensor:
+    """w_k r_k. Weights of the prompts' own are a tensor that broadcasts to the score, (P, 1) to (P, leaves).
+
+    Where such a weight is 0 the result is 0: there nobody asked for the score, it is nan, and so would 0 x nan be.
+    """
+    if not isinstance(weight, Tensor):
+        return weight * score
+    weight = weight.to(score)
+    return torch.where(weight == 0, 0.0, weight * score)
+
+
+def prompt_weights(prompts: list[str], weights: dict[str, float], own: Own) -> dict[str, float | Tensor]:
+    """The weights of an iteration's prompts: those of --reward, or with --reward-column name -> (P, 1) float64.
+
+    With own = {"a": {"ocr": 1}, "b": {"ocr": 2, "jpeg": 1}} the prompts a b have {"jpeg": [[0], [1]], "ocr": [[1], [2]]}.
+    """
+    if not own:
+        return weights
+
+    # In the order of the alphabet, so that the order of a sum does not depend on which prompts one process has.
+    names = sorted({name for prompt in prompts for name, weight in own[prompt].items() if weight})
+    return {name: torch.tensor([[own[p].get(name, 0.0)] for p in prompts], dtype=torch.float64) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------ command line
+VIDEO_FILES = (".mp4", ".mov", ".webm", ".mkv", ".avi")  # endings in any case; a .gif of several frames is one too
+
+
 def read_picture(path: str) -> Tensor:
     """A picture (1, 3, H, W) or a video (1, F, 3, H, W) in [0, 1]; grey, palette and transparent ones become RGB.
 
@@ -579,10 +681,15 @@ def read_picture(path: str) -> Tensor:
         ValueError: if the file is no picture, or one of whole or floating-point numbers whose range is not known.
     """
     try:
-        if path.endswith((".mp4", ".mov", ".webm", ".mkv", ".avi")):
+        ending = Path(path).suffix.lower()
+        if ending in VIDEO_FILES:
             return torch.from_numpy(np.stack(imageio.mimread(path, memtest=False))).movedim(-1, 1)[None].float() / 255
 
         with Image.open(path) as picture:
+            if ending == ".gif" and picture.n_frames > 1:
+                frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
+                steady = np.repeat(np.stack(frames), gif_repeats(gif_times(picture)), 0)
+                return torch.from_numpy(steady).movedim(-1, 1)[None].float() / 255
             if picture.mode in ("I", "F"):
                 raise ValueError(f"{path} has mode {picture.mode}, of no known range: save it with 8 or 16 bits")
 
@@ -590,9 +697,50 @@ def read_picture(path: str) -> Tensor:
             if picture.mode.startswith("I;16"):
                 picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
             pixels = np.array(picture.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    except (OSError, EOFError, IndexError, Image.DecompressionBombError) as error:  # IndexError: a GIF cut short
+        reason = str(error).partition("\n")[0]  # ffmpeg's own report follows on further lines
+        raise ValueError(f"{path} cannot be read as a picture: {reason}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+
+
+def gif_times(picture: Image.Image) -> list[int]:
+    """How long each frame of a GIF is shown, in milliseconds; 0 where it does not say."""
+    return [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(picture)]
+
+
+def gif_repeats(times: list[int]) -> list[int]:
+    """How many frames of a steady video each frame of a GIF makes, since encoders join equal frames to one.
+
+    The shortest makes one: frames of 50, 100 and 50 ms are 1, 2 and 1 frames at 20 per second.
+    """
+    shortest = min(filter(None, times), default=0)
+    return [max(1, round(time / shortest)) if shortest else 1 for time in times]
+
+
+def frame_rate(path: str) -> float | None:
+    """Frames per second of a video, as `read_picture` reads it, by what the file says; None where it says nothing."""
+    if Path(path).suffix.lower() in VIDEO_FILES:
+        with imageio.get_reader(path) as reader:
+            rate = reader.get_meta_data().get("fps", 0)
+        return rate if 0 < rate < math.inf else None
+    with Image.open(path) as picture:
+        times = gif_times(picture)
+    return 1000 * sum(gif_repeats(times)) / sum(times) if sum(times) else None
+
+
+def frame_rates(args, names, pictures: list[Tensor]) -> list[float | None]:
+    """The rate of each file, as --fps or the file says; None for pictures, and where no reward depends on it.
+
+    Raises:
+        ValueError: naming the file that says none.
+    """
+    rates = []
+    for path, x in zip(args.pictures, pictures):
+        needed = x.ndim == 5 and any(name in PARTS for name in names)
+        rates.append((args.fps or frame_rate(path)) if needed else None)
+        if needed and rates[-1] is None:
+            raise ValueError(f"{path} does not say how many frames it has per second: give --fps")
+    return rates
 
 
 def list_rewards(args) -> dict:
@@ -618,23 +766,32 @@ def score_files(args) -> dict:
     if len(args.prompt) not in (1, len(args.pictures)):
         raise ValueError(f"--prompt: give one, or one per picture ({len(args.pictures)}), not {len(args.prompt)}")
     prompts = args.prompt * (len(args.pictures) // len(args.prompt))
-    if not parse_weights(args.reward):
+    names = parse_weights(args.reward)
+    if not names:
         raise ValueError("--reward must name a reward")
+    if args.fps is not None and not 0 < args.fps < math.inf:
+        raise ValueError(f"--fps must be a number above 0, got {args.fps}")
 
     # Bytes of the command line that are no UTF-8 reach Python as lone surrogates, which no tokenizer takes.
     if any(re.search("[\ud800-\udfff]", p) for p in prompts):
         raise ValueError("--prompt is not UTF-8 text")
     pictures = [read_picture(path) for path in args.pictures]
+    rates = frame_rates(args, names, pictures)
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU was found")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    setup = Setup(args.reward_weights, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    rewards, _ = load_rewards(args.reward, "", prompts, pictures[0], setup)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    setup = Setup(args.reward_weights, device, dtype, question=args.reward_question)
 
-    # One by one, because pictures may differ in size.
-    by_picture = [score(rewards, x, [p]) for x, p in zip(pictures, prompts)]
-    scores = {name: [s[name].item() for s in by_picture] for name in rewards}
+    # One by one, because pictures may differ in size; and all of one frame rate after those of another.
+    by_picture: list[dict[str, Tensor]] = [{} for _ in pictures]
+    for rate in dict.fromkeys(rates):
+        own_setup = dataclasses.replace(setup, fps=rate or setup.fps)
+        rewards, _ = load_rewards(args.reward, "", prompts, pictures[rates.index(rate)], own_setup)
+        for i, (x, p) in enumerate(zip(pictures, prompts)):
+            by_picture[i] |= score(rewards, x, [p]) if rates[i] == rate else {}
+    scores = {name: [s[name].item() for s in by_picture] for name in names}
 
     print(f"{'picture':<40}" + "".join(f"{name:>14}" for name in scores))
     for i, path in enumerate(args.pictures):
@@ -658,8 +815,10 @@ def main(argv: list[str] | None = None) -> None:
     scorer.add_argument("pictures", nargs="+", metavar="PICTURE")
     scorer.add_argument("--reward", required=True, help=f"names of {', '.join(REWARDS)}, separated by commas")
     scorer.add_argument("--prompt", required=True, action="append", help="once, or once per picture")
+    scorer.add_argument("--fps", type=float, help="frames per second of videos, for VideoAlign; default: the file's")
     scorer.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     scorer.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    scorer.add_argument("--reward-question", default=QUESTION, help="what vlm asks; {prompt} is the prompt's place")
 
     args = parser.parse_args(argv)
     try:

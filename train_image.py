@@ -3,7 +3,7 @@
 With no flag it takes the embedded default, a small real FLUX that draws coloured words, and rewards that read them:
 
 1. flags are checked and resolved (flags.py), the counts of the tree printed (tree.py)
-2. policy and rewards are loaded (models.py, rewards.py)
+2. policy and rewards are loaded (models.py, rewards.py); the class of the policy follows from --model
 3. held-out prompts are evaluated, the loop runs (loop.py, branchgrpo.py), held-out prompts are evaluated again
 4. pictures are written (report.py): before_after.png, curves.png, tree.png, tree.html; the trained model in OUT/model
 
@@ -16,8 +16,7 @@ import flags
 import hardware
 import launch
 import report
-from models import FluxPolicy
-from policy import check_pipeline
+from models import IMAGE_MODELS, checkpoint_values, policy_of
 from prompts import load_prompts
 
 
@@ -30,11 +29,10 @@ def job(argv: list[str] | None = None) -> tuple:
     tiny = flags.HERE / "tiny"
     parser = flags.parser((__doc__ or "").partition("\n")[0])
     args = hardware.parse(parser, argv)
-    flags.resolve(args)
-    if not args.plan:
-        check_pipeline(args.model, FluxPolicy.pipeline_class)
+    kind = None if args.plan else policy_of(args.model, IMAGE_MODELS)
+    flags.resolve(args, hardware.planned_values if args.plan else partial(checkpoint_values, kind))
     prompts, heldout = load_prompts(args, tiny / "prompts_train.txt", tiny / "prompts_heldout.txt")
-    policy = partial(FluxPolicy.load, args.model, args.height, args.width)
+    policy = kind and partial(kind.load, args.model, args.height, args.width)
     return args, policy, (3, args.height, args.width), prompts, heldout
 
 

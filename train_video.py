@@ -11,8 +11,7 @@ import flags
 import hardware
 import launch
 import report
-from models import WanPolicy
-from policy import check_pipeline
+from models import VIDEO_MODELS, checkpoint_values, policy_of
 from prompts import load_prompts
 
 
@@ -25,11 +24,10 @@ def job(argv: list[str] | None = None) -> tuple:
     tiny = flags.HERE / "tiny"
     parser = flags.parser((__doc__ or "").partition("\n")[0], video=True)
     args = hardware.parse(parser, argv)
-    flags.resolve(args)
-    if not args.plan:
-        check_pipeline(args.model, WanPolicy.pipeline_class)
+    kind = None if args.plan else policy_of(args.model, VIDEO_MODELS)
+    flags.resolve(args, hardware.planned_values if args.plan else partial(checkpoint_values, kind))
     prompts, heldout = load_prompts(args, tiny / "video_train.txt", tiny / "video_heldout.txt")
-    policy = partial(WanPolicy.load, args.model, args.height, args.width, args.frames)
+    policy = kind and partial(kind.load, args.model, args.height, args.width, args.frames)
     return args, policy, (args.frames, 3, args.height, args.width), prompts, heldout
 
 

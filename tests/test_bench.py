@@ -175,7 +175,8 @@ def test_wrapped_commands_are_the_same_commands():
 def test_the_commands_for_gpus_parse(monkeypatch):
     """RESULTS.md's script: every flag is known and goes with the others. The checkpoints themselves are not here."""
     for script in (train_image, train_video):
-        monkeypatch.setattr(script, "check_pipeline", lambda model, pipeline_class: None)
+        monkeypatch.setattr(script, "policy_of", lambda model, kinds: kinds[0])
+        monkeypatch.setattr(script, "checkpoint_values", lambda kind, args: {})
     script = results.on_gpus().partition("```sh\n")[2].partition("```")[0]
     files = {
         "hpdv2_train.txt": "prompts_train.txt",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import FluxPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -496,7 +497,7 @@ def test_a_model_in_bf16_has_one_dtype(capsys, tmp_path):
     run(capsys, "--dtype", "bf16", "--iterations", 1, "--out", tmp_path / "a")
     for file in (tmp_path / "a/model").rglob("*.safetensors"):
         assert {value.dtype for value in torch_file(file).values()} == {torch.bfloat16}, file
-    pipe = train_image.FluxPolicy.pipeline_class.from_pretrained(tmp_path / "a/model", dtype=torch.bfloat16)
+    pipe = FluxPipeline.from_pretrained(tmp_path / "a/model", dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     picture = pipe('red "CAT"', height=32, width=64, num_inference_steps=2, max_sequence_length=16).images[0]
     assert picture.size == (64, 32)
@@ -518,7 +519,7 @@ def test_a_policy_that_is_not_finite_is_never_scored(capsys, tmp_path, monkeypat
 
 def test_a_decoder_that_overflows_is_noticed(capsys, tmp_path, monkeypatch):
     """Clamped to [0, 1], infinity would be a white picture."""
-    from models import in_unit_range
+    from policy import in_unit_range
 
     x = torch.tensor([-3.0, -1.0, 0.0, 0.5, 3.0, torch.inf, -torch.inf, torch.nan])
     assert in_unit_range(x)[:5].tolist() == [0, 0, 0.5, 0.75, 1] and in_unit_range(x)[5:].isnan().all()

@@ -11,125 +11,312 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLWan,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 import hardware
 import train_image
 import train_video
-from policy import LORA_TARGETS
+from policy import lora_layers
 
 BF16, HERE = torch.bfloat16, Path(__file__).parent.parent
 
 
-def flux(double: int, single: int, side: int = 720) -> tuple:
-    """FLUX.1-dev on the meta device with these numbers of blocks, inputs of a square picture, and its tokens."""
-    tokens = (side // 16) ** 2
+# ----------------------------------------------------------------------------------------------------- the real models
+# Each function makes the transformer on the meta device with so many blocks, and inputs of one picture or video with
+# its prompt. Values that are not given are the defaults of diffusers' class.
+def empty(*shape: int) -> torch.Tensor:
+    """A bf16 tensor without data, where the default device is meta."""
+    return torch.empty(shape, dtype=BF16)
+
+
+def flux(double: int = 19, single: int = 38, height: int = 720, width: int = 720) -> tuple:
+    """FLUX.1-dev."""
+    tokens = (height // 16) * (width // 16)
     with torch.device("meta"):
         model = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True).to(BF16)
-        inputs = {"hidden_states": torch.empty(1, tokens, 64, dtype=BF16), "timestep": torch.empty(1, dtype=BF16)}
-        inputs |= {"guidance": torch.empty(1, dtype=BF16), "pooled_projections": torch.empty(1, 768, dtype=BF16)}
-        inputs |= {"encoder_hidden_states": torch.empty(1, 512, 4096, dtype=BF16)}
+        inputs = {"hidden_states": empty(1, tokens, 64), "encoder_hidden_states": empty(1, 512, 4096)}
+        inputs |= {"timestep": empty(1), "guidance": empty(1), "pooled_projections": empty(1, 768)}
         inputs |= {"img_ids": torch.empty(tokens, 3), "txt_ids": torch.empty(512, 3)}
-    return model, inputs, tokens
+    return model, inputs
 
 
-def wan(blocks: int, frames: int = 33, height: int = 480, width: int = 832) -> tuple:
-    """Wan2.1-T2V-1.3B, likewise."""
+def sd3(dual: int = 13, other: int = 11, height: int = 720, width: int = 720) -> tuple:
+    """SD3.5-medium: blocks with a second attention, then blocks without; the last of these writes no text."""
+    heads = {
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+    }
+    with torch.device("meta"):
+        blocks = {"num_layers": dual + other, "dual_attention_layers": tuple(range(dual))}
+        model = SD3Transformer2DModel(**heads, **blocks).to(BF16)
+        inputs = {"hidden_states": empty(1, 16, height // 8, width // 8), "timestep": empty(1)}
+        inputs |= {"encoder_hidden_states": empty(1, 333, 4096), "pooled_projections": empty(1, 2048)}
+    return model, inputs
+
+
+def flux2(double: int = 5, single: int = 20, height: int = 720, width: int = 720) -> tuple:
+    """FLUX.2-klein-4B."""
+    tokens = (height // 16) * (width // 16)
+    size = {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel(**size, num_layers=double, num_single_layers=single).to(BF16)
+        inputs = {"hidden_states": empty(1, tokens, 128), "encoder_hidden_states": empty(1, 512, 7680)}
+        inputs |= {"timestep": empty(1), "img_ids": torch.empty(tokens, 4), "txt_ids": torch.empty(512, 4)}
+    return model, inputs
+
+
+def z_image(refiners: int = 2, blocks: int = 30, height: int = 720, width: int = 720) -> tuple:
+    """Z-Image: refiners of the picture, as many of the text, and blocks over both. Inputs are lists."""
+    with torch.device("meta"):
+        model = ZImageTransformer2DModel(n_refiner_layers=refiners, n_layers=blocks).to(BF16)
+        inputs = {"x": [empty(16, 1, height // 8, width // 8)], "t": empty(1), "cap_feats": [empty(512, 2560)]}
+    return model, inputs
+
+
+def wan(blocks: int = 30, frames: int = 33, height: int = 480, width: int = 832) -> tuple:
+    """Wan2.1-T2V-1.3B."""
     shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
     heads = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256, "text_dim": 4096}
     with torch.device("meta"):
         model = WanTransformer3DModel(**heads, num_layers=blocks).to(BF16)
-        inputs = {"hidden_states": torch.empty(shape, dtype=BF16), "timestep": torch.empty(1, dtype=BF16)}
-        inputs |= {"encoder_hidden_states": torch.empty(1, 512, 4096, dtype=BF16)}
-    return model, inputs, shape[2] * shape[3] * shape[4] // 4
+        inputs = {"hidden_states": empty(*shape), "timestep": empty(1), "encoder_hidden_states": empty(1, 512, 4096)}
+    return model, inputs
 
 
-@pytest.mark.parametrize("name, make", [("flux1-dev", lambda: flux(19, 38)), ("wan2.1-1.3b", lambda: wan(30))])
-def test_parameters_and_flops_are_the_real_ones(name, make):
+REAL = {"flux1-dev": flux, "sd3.5-medium": sd3, "flux2-klein-4b": flux2, "z-image": z_image, "wan2.1-1.3b": wan}
+
+
+def blocks_of(model) -> list[torch.nn.Module]:
+    """The blocks of a transformer, in the order of their names."""
+    kinds = model._repeated_blocks or model._no_split_modules
+    return [block for block in model.modules() if type(block).__name__ in kinds]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_parameters_and_flops_are_the_real_ones(name):
     """At full depth: shapes run through, parameters are exact, FLOPs within a thousandth of torch's counter."""
-    arch, (model, inputs, tokens) = hardware.ARCHITECTURES[name], make()
+    arch, (model, inputs) = hardware.ARCHITECTURES[name], REAL[name]()
     assert sum(p.numel() for p in model.parameters()) == arch.parameters
-    blocks = [m for m in model.modules() if type(m).__name__ in model._repeated_blocks]
-    assert len(blocks) == arch.blocks and max(sum(p.numel() for p in b.parameters()) for b in blocks) == arch.block
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        assert model(**inputs).sample.shape == inputs["hidden_states"].shape
-    assert arch.flops(tokens) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    blocks = blocks_of(model)
+    assert max(sum(p.numel() for p in b.parameters()) for b in blocks) == arch.block
+    assert sum(b.numel() for b in model.buffers() if b.numel() > 1e6) == arch.position_table
 
-    model.add_adapter(LoraConfig(r=4, target_modules=LORA_TARGETS))
+    # A token passes all blocks, but in Z-Image the two refiners of the picture or the two of the text.
+    assert len(blocks) == arch.blocks + 2 * (name == "z-image")
+
+    # Inputs and outputs have the same shape. Z-Image takes and gives a list of pictures.
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output = model(**inputs).sample
+    assert [v.shape for v in tree_leaves(output)] == [x.shape for x in tree_leaves(next(iter(inputs.values())))]
+    options = planned("--frames 33" if arch.video else "--height 720 --width 720", name)
+    assert arch.flops(arch.tokens(options), arch.text) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+    model.add_adapter(LoraConfig(r=4, target_modules=lora_layers(model)))
     assert sum(p.numel() for n, p in model.named_parameters() if "lora" in n) == 4 * arch.lora * arch.width
 
 
 def test_flops_grow_as_the_real_ones_do():
     """TFLOP of torch's counter at other sizes: attention grows with the square of the tokens."""
-    assert hardware.flux_flops(32**2) / 1e12 == pytest.approx(21.50, rel=1e-3)
-    assert hardware.flux_flops(64**2) / 1e12 == pytest.approx(74.38, rel=1e-3)
-    assert hardware.wan_flops(14 * 1560) / 1e12 == pytest.approx(144.76, rel=1e-3)
+    assert hardware.flux_flops(32**2, 512) / 1e12 == pytest.approx(21.50, rel=1e-3)
+    assert hardware.flux_flops(64**2, 512) / 1e12 == pytest.approx(74.38, rel=1e-3)
+    assert hardware.sd3_flops(64**2, 333) / 1e12 == pytest.approx(11.250, rel=1e-3)
+    assert hardware.flux2_flops(64**2, 512) / 1e12 == pytest.approx(34.820, rel=1e-3)
+    assert hardware.z_image_flops(64**2, 512) / 1e12 == pytest.approx(62.506, rel=1e-3)
+    assert hardware.wan_flops(14 * 1560, 512) / 1e12 == pytest.approx(144.76, rel=1e-3)
 
 
-def saved_bytes(model, inputs) -> dict[str, int]:
-    """Bytes that autograd keeps of one forward, for each kind of block, under autocast.
+# The autoencoders that pictures share, and CLIP-L: what the official configurations change in the defaults.
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
+VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "projection_dim": 1280}
+T5_SIZE = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
+QWEN = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_key_value_heads": 8}
+FROZEN = {
+    "T5-XXL": lambda: T5EncoderModel(T5Config(**T5_SIZE, vocab_size=32128)),
+    "UMT5-XXL": lambda: UMT5EncoderModel(UMT5Config(**T5_SIZE, vocab_size=256384)),
+    "CLIP-L": lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)),
+    "OpenCLIP-bigG": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G, num_hidden_layers=32)),
+    "Qwen3-4B": lambda: Qwen3Model(Qwen3Config(**QWEN)),
+    "VAE": lambda: AutoencoderKL(**VAE),
+    ("sd3.5-medium", "CLIP-L"): lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_L)),
+    ("flux2-klein-4b", "Qwen3-4B"): lambda: Qwen3ForCausalLM(Qwen3Config(**QWEN, tie_word_embeddings=True)),
+    ("flux2-klein-4b", "VAE"): lambda: AutoencoderKLFlux2(),
+    ("wan2.1-1.3b", "VAE"): lambda: AutoencoderKLWan(),
+}
+
+
+def frozen(name: str, part: str) -> torch.nn.Module:
+    """A frozen part of an architecture in bf16, on the meta device."""
+    with torch.device("meta"):
+        return (FROZEN.get((name, part)) or FROZEN[part])().to(BF16).eval()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_frozen_parts_are_the_real_ones(name):
+    """Parameters of text encoders and autoencoders, counted on models of the official configurations."""
+    for part, parameters in hardware.ARCHITECTURES[name].frozen.items():
+        assert sum(p.numel() for p in frozen(name, part).parameters()) == parameters, part
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that live at a time, except weights; keeps the largest count, `peak`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = {weight.untyped_storage()._cdata for weight in model.parameters()}
+
+    def free(self, address: int, size: int) -> None:
+        self.now -= size
+        self.storages.discard(address)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # A mask is asked whether it masks anything. Without data the answer is that it does.
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return False
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.storages:
+                storage = tensor.untyped_storage()
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return output
+
+
+def three_layers(encoder, ids, mask):
+    """What Flux2KleinPipeline makes of Qwen3's states."""
+    states = encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+    return torch.stack([states[i] for i in (9, 18, 27)], 1).permute(0, 2, 1, 3).reshape(*ids.shape, -1)
+
+
+ENCODED = {  # the widest encoder of each, called as diffusers' pipeline calls it
+    "flux1-dev": ("T5-XXL", lambda encoder, ids, mask: encoder(ids)[0]),
+    "sd3.5-medium": ("T5-XXL", lambda encoder, ids, mask: encoder(ids)[0]),
+    "flux2-klein-4b": ("Qwen3-4B", three_layers),
+    "z-image": ("Qwen3-4B", lambda encoder, ids, mask: encoder(ids, mask, output_hidden_states=True).hidden_states[-2]),
+    "wan2.1-1.3b": ("UMT5-XXL", lambda encoder, ids, mask: encoder(ids, mask).last_hidden_state),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODED)
+def test_what_an_encoder_holds(name, monkeypatch):
+    """Bytes that live at once while 32 prompts are encoded, on the meta device.
+
+    Attention is one kernel here, as on a GPU; without data torch would compute it step by step.
+    """
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *a, **k: torch.empty_like(q))
+    part, encode = ENCODED[name]
+    encoder, arch = frozen(name, part), hardware.ARCHITECTURES[name]
+    ids, mask = (torch.ones(32, 512, dtype=dtype, device="meta") for dtype in (torch.long, torch.bool))
+    with torch.no_grad(), Held(encoder) as held:
+        encode(encoder, ids, mask)
+    assert held.peak / 2 / ids.numel() == pytest.approx(arch.encoding, rel=0.01)
+
+
+def saved_bytes(model, inputs) -> list[int]:
+    """Bytes that autograd keeps of one forward, for each block, under autocast.
 
     A storage that is kept by several operations counts once, and weights do not count.
     """
     weights = {p.data_ptr() for p in model.parameters()}
-    kept: dict[int, tuple[str, int]] = {}  # address of a storage -> kind of block, bytes
-    alive, block_kind = [], []  # tensors are held, so that no address is used twice; the block that runs now
+    kept: dict[int, tuple[int, int]] = {}  # address of a storage -> block, bytes
+    alive, running = [], []  # tensors are held, so that no address is used twice; the block that runs now
 
     def pack(x):
         alive.append(x)
         address = x.untyped_storage().data_ptr()
-        if block_kind and address not in weights:
-            kept.setdefault(address, (block_kind[0], x.untyped_storage().nbytes()))
+        if running and address not in weights:
+            kept.setdefault(address, (running[0], x.untyped_storage().nbytes()))
         return x
 
-    for block in model.modules():
-        if type(block).__name__ in model._repeated_blocks:
-            block.register_forward_pre_hook(lambda m, inputs: block_kind.append(type(m).__name__))
-            block.register_forward_hook(lambda m, inputs, output: block_kind.clear())
+    blocks = blocks_of(model)
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda m, inputs, i=i: running.append(i))
+        block.register_forward_hook(lambda m, inputs, output: running.clear())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", BF16):
         model(**inputs)
-    return {kind: sum(n for k, n in kept.values() if k == kind) for kind in model._repeated_blocks}
+    return [sum(n for j, n in kept.values() if j == i) for i in range(len(blocks))]
+
+
+# Kinds of blocks, one of each: arguments of the function above, and how often the kind occurs in the whole model. Text
+# has a refiner of its own in Z-Image, which keeps the same bytes however large the picture.
+KINDS = {
+    "flux1-dev": ((1, 1), (19, 38)),
+    "sd3.5-medium": ((1, 2), (13, 10, 1)),
+    "flux2-klein-4b": ((1, 1), (5, 20)),
+    "z-image": ((1, 1), (2, 2, 30)),
+    "wan2.1-1.3b": ((1, 1), (30,)),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("name", ["flux1-dev", "wan2.1-1.3b"])
+@pytest.mark.parametrize("name", KINDS)
 def test_activations_are_those_autograd_keeps(name, lora, monkeypatch):
     """One real block of each kind at full width, on the CPU: bytes per further token, over the width."""
     # CUDA's autocast computes norms in float32, which the CPU's does not.
     arch, norm = hardware.ARCHITECTURES[name], torch.nn.functional.layer_norm
     monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, *a, **k: norm(x.float(), *a, **k))
+    blocks, repeats = KINDS[name]
 
     # At two lengths, whose difference has nothing in it that does not grow with the tokens.
     saved = []
     for tokens in (64, 128):
-        if name == "flux1-dev":
-            model, inputs, _ = flux(1, 1)
-            inputs |= {"hidden_states": torch.empty(1, tokens, 64), "img_ids": torch.empty(tokens, 3)}
-            kinds = {"FluxTransformerBlock": 19, "FluxSingleTransformerBlock": 38}
-        else:
-            model, inputs, _ = wan(1)
-            inputs |= {"hidden_states": torch.empty(1, 16, 1, 2, 2 * tokens)}
-            kinds = {"WanTransformerBlock": 30}
-        model.float()
+        model, inputs = REAL[name](*blocks, height=128, width=2 * tokens)
+
+        # As policy.py has them: weights that are trained are float32, frozen ones bf16, latents float32.
         if lora:
             model.requires_grad_(False)
-            model.add_adapter(LoraConfig(r=64, target_modules=LORA_TARGETS))
-        inputs = {k: torch.zeros(v.shape) for k, v in inputs.items()}
+            model.add_adapter(LoraConfig(r=64, target_modules=lora_layers(model)))
+        for weight in model.parameters():
+            weight.data = weight.data.float() if weight.requires_grad else weight.data
+        inputs = tree_map(lambda x: torch.zeros(x.shape), inputs)
         saved.append(saved_bytes(model.to_empty(device="cpu"), inputs))
-    per_token = sum(n * (saved[1][kind] - saved[0][kind]) / 64 for kind, n in kinds.items()) / arch.blocks
+    per_token = sum(n * (more - less) / 64 for n, less, more in zip(repeats, *saved, strict=True)) / arch.blocks
     assert per_token / arch.width == pytest.approx(arch.saved[lora], rel=0.02)
 
 
-def planned(text: str):
-    """Options of a plan of FLUX.1-dev."""
-    return train_image.job(f"--plan flux1-dev {text}".split())[0]
+def planned(text: str, name: str = "flux1-dev"):
+    """Options of a plan, of FLUX.1-dev unless another architecture is named."""
+    script = train_video if hardware.ARCHITECTURES[name].video else train_image
+    return script.job(f"--plan {name} {text}".split())[0]
 
 
 def test_memory_by_hand():
@@ -150,17 +337,56 @@ def test_memory_by_hand():
     assert lora["activations"] == 2 * 2537 * 3072 * (35 + 2 * 57)
     assert lora["reward models"] == 4 * 986e6
 
-    # While prompts are encoded: the weights, and the encoders with what T5's widest layer makes of 32 prompts.
+    # While prompts are encoded: the weights, and the encoders with what T5 holds of 32 prompts of 512 tokens.
     held = lora["weights, frozen"] + lora["weights, trained, fp32"] + lora["reward models"] + lora["VAE"]
-    widest = 32 * 512 * (3 * 10240 + 4 * 4096)
     encoding = hardware.memory_while_encoding(planned("--dtype bf16 --lora 64"), lora)
-    assert encoding == held + 2 * (t5 + clip + widest)
+    assert encoding == held + 2 * (t5 + clip + 32 * 512 * 58_368)
 
     # DDP without micro-batches: all 187 trained parents of each of the two prompts of a GPU in one call. Every GPU
     # holds all weights and moments.
     ddp = hardware.memory(planned("--dtype bf16 --micro-batch 0 --prompts-per-iteration 4 --method branchgrpo"), 2)
     assert ddp["activations"] == 2 * 187 * 2537 * 3072 * 63 * 57 and ddp["gradients, DDP's buckets"] == 4 * n
     assert ddp["weights, trained, fp32"] == 4 * n and ddp["AdamW's two moments, fp32"] == 8 * n
+
+
+def test_sd3_by_hand():
+    """SD3.5-medium at 512 x 512: 1024 tokens and 333 of text, width 1536, 24 blocks; two forwards per velocity.
+
+    Its table of positions stays whole on every GPU, and in bf16 where the weights are packed in 4 bits.
+    """
+    options = "--dtype fp16 --lora 32 --height 512 --width 512 --micro-batch 2 --reward jpeg --guidance"
+    parts = hardware.memory(planned(f"{options} 4.5", "sd3.5-medium"), 1)
+    assert parts["activations"] == 2 * 2 * (1024 + 333) * 1536 * 59 * 24
+    assert parts["weights, frozen"] == 2 * 2_243_171_520 and parts["table of positions"] == 2 * 384 * 384 * 1536
+    assert hardware.memory(planned(f"{options} 1", "sd3.5-medium"), 1)["activations"] == parts["activations"] / 2
+    packed = hardware.memory(planned(f"{options} 1 --nf4", "sd3.5-medium"), 1)
+    assert packed["table of positions"] == parts["table of positions"]
+    assert packed["weights, frozen"] == 4.5 / 8 * 2_243_171_520
+
+    # It is there while prompts are encoded, too.
+    held = parts["weights, frozen"] + parts["weights, trained, fp32"] + parts["table of positions"] + parts["VAE"]
+    encoders = 4_762_310_656 + 694_659_840 + 123_650_304
+    encoding = hardware.memory_while_encoding(planned(f"{options} 1", "sd3.5-medium"), parts)
+    assert encoding == held + 2 * (encoders + 32 * 333 * 58_368)
+
+
+GUIDANCE = [  # --plan, what --guidance becomes, forwards per velocity with it, another scale, forwards with that
+    ("flux1-dev", 3.5, 1, 1, 1),
+    ("sd3.5-medium", 4.5, 2, 1, 1),
+    ("flux2-klein-4b", 1, 1, 4, 1),
+    ("z-image", 5, 2, 0, 1),
+    ("wan2.1-1.3b", 5, 2, 1, 1),
+]
+
+
+@pytest.mark.parametrize("name, usual, forwards, other, other_forwards", GUIDANCE)
+def test_guidance_asks_for_a_second_forward(name, usual, forwards, other, other_forwards):
+    """By the convention of the model: Z-Image says 0 for none, and 1 is some; FLUX.1 and FLUX.2-klein never ask."""
+    options = planned("", name)
+    assert options.guidance == usual and hardware.forwards_per_velocity(options) == forwards
+    options = planned(f"--guidance {other}", name)
+    assert options.guidance == other and hardware.forwards_per_velocity(options) == other_forwards
+    assert hardware.forwards_per_velocity(planned("--guidance 1", "z-image")) == 2
 
 
 def test_seconds_by_hand():
@@ -305,7 +531,7 @@ def test_a_day_with_a_gpu(tmp_path, capsys, monkeypatch):
 
 
 BAD = [
-    ("image", "--plan flux", "one of flux1-dev, wan2.1-1.3b"),
+    ("image", "--plan flux", "one of flux1-dev, sd3.5-medium, flux2-klein-4b, z-image, wan2.1-1.3b"),
     ("image", "--plan flux1-dev --gpu h900", "--gpu must be one of"),
     ("image", "--plan wan2.1-1.3b", "train_video.py"),
     ("video", "--plan flux1-dev", "train_image.py"),

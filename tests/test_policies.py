@@ -43,8 +43,8 @@ from branchgrpo import (
     take_cond,
     update,
 )
-from models import FluxPolicy, WanPolicy, on_the_cpu
-from policy import load_pipeline
+from models import FluxPolicy, WanPolicy
+from policy import load_pipeline, on_the_cpu
 from sde import sigma_schedule
 from tiny.make_tiny_flux import build
 from tree import make_forest

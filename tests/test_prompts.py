@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 import rewards
-from prompts import load_prompts, parquet_of, read_prompts
+from prompts import digest_of, load_prompts, parquet_of, read_prompts
 
 PROMPTS = ["a cat", "a dog", "a red  bicycle", "a cat", " ", "ein Löwe"]
 WANTED = ["a cat", "a dog", "a red  bicycle", "ein Löwe"]
@@ -35,7 +35,7 @@ def written(folder, kind: str) -> str:
 def asked(prompts, eval_prompts=None, iterations=1):
     """Options of --prompts and --eval-prompts."""
     files = {"prompts": str(prompts), "eval_prompts": eval_prompts and str(eval_prompts)}
-    return SimpleNamespace(**files, prompt_column="prompt", plan=None, iterations=iterations)
+    return SimpleNamespace(**files, prompt_column="prompt", reward_column=None, plan=None, iterations=iterations)
 
 
 @pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "tsv", "parquet"])
@@ -259,6 +259,129 @@ def test_held_out_prompts_leave_training(tmp_path, capsys):
     with pytest.raises(ValueError, match="none is left to train on"):
         load_prompts(asked(heldout, heldout), "", "")
     assert load_prompts(asked(heldout, heldout, iterations=0), "", "") == ([long], [long])
+
+
+# ------------------------------------------------------------------------------------------------ rewards of their own
+RECORDS = [
+    {"prompt": 'red "CAT"', "rewards": "ocr:1"},
+    {"prompt": "a dog", "rewards": " jpeg:1,colour:0.5 "},
+    {"prompt": "a cat", "rewards": ""},
+    {"prompt": "a cow"},
+    {"prompt": 'red "CAT"', "rewards": "ocr:1"},
+]
+
+
+def with_rewards(prompts, eval_prompts=None, column="rewards", **changed):
+    """Options of --prompts, --eval-prompts and --reward-column."""
+    return SimpleNamespace(**vars(asked(prompts, eval_prompts)) | {"reward_column": column} | changed)
+
+
+def lines(records) -> str:
+    """Records as JSON lines."""
+    return "\n".join(map(json.dumps, records))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_prompts_have_rewards_of_their_own(tmp_path, kind):
+    """A field of the records. It may be missing or empty, and a plain prompt has none: there --reward serves."""
+    path = tmp_path / f"a.{kind}"
+    if kind in ("jsonl", "json"):
+        path.write_text(lines(RECORDS) if kind == "jsonl" else json.dumps(RECORDS))
+    else:
+        table = [{"prompt": r["prompt"], "rewards": r.get("rewards"), "jpg": "x"} for r in RECORDS]
+        getattr(datasets.Dataset.from_list(table), f"to_{kind}")(path)
+    args = with_rewards(path, saved(tmp_path, "b.txt", "a bird\n"))
+    prompts, heldout = load_prompts(args, "", "")
+    assert (prompts, heldout) == (['red "CAT"', "a dog", "a cat", "a cow"], ["a bird"])
+    own = {'red "CAT"': "ocr:1", "a dog": "jpeg:1,colour:0.5", "a cat": "", "a cow": "", "a bird": ""}
+    assert args.prompt_rewards == own
+
+    # Without the flag the field is not looked at, and the prompts are the same.
+    plain = with_rewards(path, tmp_path / "b.txt", column=None)
+    assert load_prompts(plain, "", "") == (prompts, heldout) and plain.prompt_rewards is None
+
+
+def test_of_a_wide_table_only_prompts_and_their_rewards_are_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = {"Prompt": ["a", "b"], "Rewards": ["ocr:1", None], "info": [{"r": "jpeg:1"}] * 2, "jpg": [b"\xff"] * 2}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert [list(row) for row in parquet_of(path, "prompt", "rewards")] == [["Prompt", "Rewards"]] * 2
+    for column, own in (("rewards", {"a": "ocr:1", "b": ""}), ("info.r", dict.fromkeys("ab", "jpeg:1"))):
+        args = with_rewards(path, column=column)
+        load_prompts(args, "", "")
+        assert args.prompt_rewards == own
+    with pytest.raises(ValueError, match="no column 'text', only Prompt, Rewards, info, jpg: name one"):
+        load_prompts(with_rewards(path, prompt_column="text"), "", "")
+
+
+GENEVAL = [  # as its evaluation_metadata.jsonl
+    {"tag": "two_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {
+        "tag": "counting",
+        "include": [{"class": "clock", "count": 2}],
+        "exclude": [{"class": "clock", "count": 3}],
+        "prompt": "a photo of two clocks",
+    },
+    {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": "a photo of a red car"},
+]
+
+
+def test_prompts_of_geneval(tmp_path):
+    """Its records, its plain prompts, and its records with rewards added."""
+    wanted = [record["prompt"] for record in GENEVAL]
+    assert read_prompts(saved(tmp_path, "evaluation_metadata.jsonl", lines(GENEVAL)), "--prompts") == wanted
+    assert read_prompts(saved(tmp_path, "generation_prompts.txt", "\n".join(wanted)), "--prompts") == wanted
+    more = [record | {"rewards": "colour:1" if record["tag"] == "colors" else "jpeg:1"} for record in GENEVAL]
+    args = with_rewards(saved(tmp_path, "train.jsonl", lines(more)))
+    load_prompts(args, "", "")
+    assert args.prompt_rewards == dict(zip(wanted, ("jpeg:1", "jpeg:1", "colour:1")))
+
+
+REFUSED_REWARDS = {  # what it is -> training records, held-out records, words of the one sentence
+    "plain prompts": (
+        ["a", "b"],
+        None,
+        "--reward-column rewards: nothing in .*a.jsonl has this field; it takes a file",
+    ),
+    "no record has it": ([{"prompt": "a"}], [{"prompt": "b"}], "nothing in .*a.jsonl or .*b.jsonl has this field"),
+    "a list": ([{"prompt": "a", "rewards": ["ocr"]}], None, "a.jsonl: the column 'rewards' holds lists, not text"),
+    "two sets": (
+        [{"prompt": "a", "rewards": "ocr:1"}, {"prompt": "a ", "rewards": "jpeg:1"}],
+        None,
+        "the prompt 'a' of .*a.jsonl has two sets of rewards, ocr:1 and jpeg:1",
+    ),
+    "one set and none": (
+        [{"prompt": "a", "rewards": "ocr:1"}, {"prompt": "b"}],
+        ["a"],
+        "the prompt 'a' of .* has two sets of rewards, ocr:1 and none",
+    ),
+}
+
+
+@pytest.mark.parametrize("train, heldout, words", REFUSED_REWARDS.values(), ids=REFUSED_REWARDS)
+def test_rewards_of_prompts_that_are_refused(tmp_path, train, heldout, words):
+    path = saved(tmp_path, "a.jsonl", lines([*train, "more"]))
+    args = with_rewards(path, heldout and saved(tmp_path, "b.jsonl", lines(heldout)))
+    with pytest.raises(ValueError, match=words) as caught:
+        load_prompts(args, "", "")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_embedded_prompts_have_no_rewards_of_their_own(tmp_path):
+    train, heldout = saved(tmp_path, "a.txt", "a\n"), saved(tmp_path, "b.txt", "b\n")
+    args = with_rewards("")
+    args.prompts = None
+    with pytest.raises(ValueError, match="--reward-column rewards: nothing in the embedded prompts has this field"):
+        load_prompts(args, train, heldout)
+
+
+def test_other_rewards_are_other_prompts():
+    """By their hash, which --resume compares; without the flag it is what it was before there was one."""
+    plain = digest_of(["a", "b"], ["c"])
+    assert plain == digest_of(["a", "b"], ["c"], None)
+    assert plain == "e065ac2af3e0fcb06066a74d683ed8a2cdbf0407c710bd7922bdb409ac5778a1"
+    texts = [dict(zip("abc", t)) for t in (("ocr", "", ""), ("", "ocr", ""), ("", "", "ocr"), ("ocr:2", "", ""))]
+    assert len({plain, *(digest_of(["a", "b"], ["c"], rewards) for rewards in texts)}) == 5
 
 
 # --------------------------------------------------------------------------------------------------------------- quotes

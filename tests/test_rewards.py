@@ -257,3 +257,99 @@ def test_a_reward_that_cannot_be_made(monkeypatch, made, words):
     monkeypatch.setitem(R.REWARDS, "x", made)
     with pytest.raises(R.CannotScore, match=words):
         R.load_rewards("x", "", ["a"], torch.ones(1, 3, 8, 8))
+
+
+# ------------------------------------------------------------------------------------------------ a reward per prompt
+TEXTS = {"a": "jpeg:1", "b": "", "c": "jpeg:0.5,jpeg-large:2"}
+OWN = {"a": {"jpeg": 1.0}, "b": {"jpeg": 2.0}, "c": {"jpeg": 0.5, "jpeg-large": 2.0}}  # where --reward is jpeg:2
+
+
+def test_rewards_of_prompts_are_parsed():
+    """--reward serves where a prompt has none of its own; what is watched has weight 0 everywhere."""
+    assert R.own_weights(TEXTS, "jpeg:2") == OWN and R.own_weights(None, "jpeg:2") == {}
+    watched = R.own_weights(TEXTS, "jpeg:2", ["colour", "jpeg"])
+    assert watched == {prompt: {"colour": 0.0, "jpeg": 0.0} | weights for prompt, weights in OWN.items()}
+    assert R.sets_of_rewards(OWN, ["a", "c", "a"]) == {"jpeg:1": 2, "jpeg:0.5,jpeg-large:2": 1}
+    assert R.sets_of_rewards({}, ["a"]) == {}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("beauty", "--reward-column: the prompt 'a cat': there is no reward 'beauty': choose from ocr"),
+        ("ocr:x", "--reward-column: the prompt 'a cat': the weight of 'ocr' must be a number"),
+        ("ocr:0,jpeg:0", "--reward-column: the prompt 'a cat' needs a reward with a weight other than 0, got 'ocr:0,"),
+        (",", "--reward-column: the prompt 'a cat' needs a reward with a weight other than 0, got ','"),
+    ],
+)
+def test_rewards_of_prompts_that_are_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        R.own_weights({"a dog": "", "a cat": text}, "jpeg")
+
+
+def test_a_reward_is_asked_about_the_prompts_that_name_it():
+    """One that is watched about all, one that nobody here names about none; those of equal rows get one tensor."""
+    seen = []
+
+    def reward(name):
+        return lambda x, p: seen.append((name, p, x.data_ptr())) or x.mean((1, 2, 3))
+
+    own = {
+        "a": {"watched": 0.0, "first": 1.0},
+        "b": {"watched": 0.0, "second": 1.0, "videoalign": 1, "videoalign-mq": 2},
+    }
+    rewards = {name: reward(name) for name in ("first", "second", "videoalign", "videoalign-mq", "other", "watched")}
+    x = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2).contiguous()
+    scores = R.score_own(rewards, x, ["a", "b", "a", "b"], own)
+    nan = float("nan")
+    rows = {"first": [0, nan, 2, nan], "other": [nan] * 4, "watched": [0, 1, 2, 3]}
+    assert list(scores) == list(rewards)
+    for name in rewards:
+        expected = torch.tensor(rows.get(name, [nan, 1, nan, 3]), dtype=torch.float32)
+        torch.testing.assert_close(scores[name], expected, equal_nan=True)
+    prompts = {"first": ["a", "a"], "watched": ["a", "b", "a", "b"]}
+    assert [(name, p) for name, p, _ in seen] == [
+        (name, prompts.get(name, ["b", "b"])) for name in rewards if name != "other"
+    ]
+    places = {name: place for name, _, place in seen}
+    assert places["videoalign"] == places["videoalign-mq"]  # VideoAlign then watches once
+
+
+def test_without_rewards_of_their_own_all_prompts_are_scored():
+    x = torch.rand(2, 3, 8, 8)
+    assert R.score_own({"jpeg": R.jpeg}, x, ["a", "b"], {})["jpeg"].tolist() == R.jpeg(x, ["a", "b"]).tolist()
+    assert R.prompt_weights(["a"], {"jpeg": 2.0}, {}) == {"jpeg": 2.0}
+
+
+def test_weights_of_prompts():
+    """(P, 1) each; a prompt's sum takes its own rewards, and is what one weight for all would give, to the bit."""
+    weights = R.prompt_weights(["c", "a"], {}, OWN | {"a": {"jpeg": 0.1, "watched": 0.0}})
+    assert {name: w.tolist() for name, w in weights.items()} == {"jpeg": [[0.5], [0.1]], "jpeg-large": [[2], [0]]}
+    g = torch.Generator().manual_seed(0)
+    small, large = torch.rand(2, 4, generator=g), torch.rand(2, 4, generator=g)
+    large[1] = torch.nan
+    summed = R.weighted_sum({"jpeg": small, "jpeg-large": large}, weights)
+    assert summed.dtype == torch.float32
+    assert torch.equal(summed[0], 0.5 * small[0] + 2.0 * large[0]) and torch.equal(summed[1], 0.1 * small[1])
+    assert torch.equal(R.weighted(small.double(), weights["jpeg"])[1], 0.1 * small.double()[1])
+
+
+def test_only_rewards_that_a_prompt_has_are_loaded(monkeypatch):
+    """--reward is not loaded where every prompt has others; a reward is checked on its own prompts, and tried on one."""
+    blank, prompts, asked = torch.ones(1, 3, 32, 64), ['red "CAT"', "a cat"], []
+    monkeypatch.setitem(R.REWARDS, "mean", lambda setup: lambda x, p: asked.append(p) or x.mean((1, 2, 3)))
+
+    def load(watch, reward="hpsv2", **texts):
+        own = R.own_weights(dict(zip(prompts, texts.values())), reward, R.watched_names(watch, prompts, video=False))
+        return list(R.load_rewards(reward, watch, prompts, blank, own=own)[0])
+
+    assert load("auto", first="ocr:1,jpeg:0", second="mean:1") == ["ocr", "mean"] and asked == [["a cat"]]
+    assert load("jpeg", first="ocr:1", second="mean:1") == ["ocr", "mean", "jpeg"]
+    with pytest.raises(
+        R.CannotScore, match="--reward-column ocr: the ocr reward needs a quoted text.*'a cat' has none"
+    ):
+        load("", first="mean:1", second="ocr:1")
+    with pytest.raises(R.CannotScore, match="--watch ocr: the ocr reward needs a quoted text"):
+        load("ocr", first="mean:1", second="mean:1")
+    with pytest.raises(ValueError, match="the reward 'hpsv2' lacks"):
+        load("", first="mean:1", second="")

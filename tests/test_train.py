@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,12 +21,14 @@ from accelerate.state import AcceleratorState
 from diffusers import FluxPipeline
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
+from test_parallel import start
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from workers import gradients_of_an_iteration, prepared_run
 
 import checkpoint
 import launch
 import loop
+import report
 import train_image
 from branchgrpo import Rollout, prune
 from models import FluxPolicy
@@ -570,3 +574,185 @@ def test_pruning_ranks_mixed_leaves_by_their_advantage():
     assert keep[-1].tolist() == [[False, True, True, False]] * 2  # by the sum of rewards leaf 0 would win
     keep = credit_mixed({"a": a, "b": b}, {"a": 5.0, "b": 1.0}, "reward", "parent-top1")[2]
     assert keep[-1].tolist() == [[True, False, True, False]] * 2
+
+
+# ------------------------------------------------------------------------------------------------ a reward per prompt
+KINDS = {  # prompts that each reward could score -> their own rewards; those of 'blue "DOG"' are --reward's
+    'red "CAT"': "ocr:1",
+    'blue "DOG"': None,
+    'green "SUN"': "jpeg:0.1,colour:2",
+    'black "OWL"': "jpeg:0.1,colour:2",
+}
+OWN = "--reward colour:1 --reward-column rewards --watch jpeg-large --prompts-per-iteration 4"
+
+
+def records(path: Path, kinds=KINDS) -> Path:
+    """A file of prompts with rewards of their own; None leaves the field out."""
+    lines = [{"prompt": prompt} | ({"rewards": own} if own else {}) for prompt, own in kinds.items()]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The flags of two kinds of prompts, half of the held-out ones with each."""
+    heldout = {'red "FOX"': "ocr:1", 'blue "ANT"': "jpeg:0.1,colour:2"}
+    train, held_out = records(tmp_path / "train.jsonl"), records(tmp_path / "heldout.jsonl", heldout)
+    return [*OWN.split(), "--prompts", str(train), "--eval-prompts", str(held_out)]
+
+
+def test_prompts_of_several_kinds_train_together(capsys, tmp_path, files):
+    """Each reward's columns are means over the pictures whose prompts have it; the weighted ones over all."""
+    flags = [*files, "--prompts-per-iteration", 2, "--iterations", 2, "--eval-every", 2]
+    train_image.main([*SMALL.split(), *map(str, flags), "--out", str(tmp_path / "a")])
+    out = capsys.readouterr().out
+    for line in ("ocr:1: 2", "colour:1: 1", "jpeg:0.1,colour:2: 3"):
+        assert f"rewards        prompts with {line}" in out
+    options = json.loads((tmp_path / "a/options.json").read_text())
+    assert options["rewards-of-prompts"] == {"ocr:1": 2, "colour:1": 1, "jpeg:0.1,colour:2": 3}
+    assert "prompt_rewards" not in options and options["reward_column"] == "rewards"
+
+    # Two iterations of two prompts are each prompt once. No row has a nan, and what no prompt has is absent.
+    def no_constant(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    lines = (tmp_path / "a/metrics.jsonl").read_text().splitlines()
+    history = [json.loads(line, parse_constant=no_constant) for line in lines]
+    drawn = [prompts_at(list(KINDS), 0, 2 * i, 2) for i in range(2)]
+    for row, prompts in zip(history[1:], drawn):
+        own = [KINDS[prompt] or "colour:1" for prompt in prompts]
+        for name in ("ocr", "jpeg", "colour"):
+            assert (f"reward_{name}" in row) == any(name in loop.R.parse_weights(text) for text in own)
+        assert "reward_jpeg-large" in row
+
+    # Held out: four pairs of each kind. Its reward is the mean of each pair's own sum.
+    document, first = json.loads(out.splitlines()[-1]), history[0]
+    expected = (first["heldout_ocr"] + 0.1 * first["heldout_jpeg"] + 2 * first["heldout_colour"]) / 2
+    assert document["reward_before"] == first["heldout_reward"] == pytest.approx(expected, abs=1e-6)
+    assert {"ocr_before", "jpeg_after", "colour_before", "jpeg-large_after", "exact_before"} <= set(document)
+
+
+@pytest.mark.parametrize("mix", ["reward", "advantage"])
+def test_the_advantages_of_a_prompt_are_those_of_its_own_rewards(tmp_path, files, monkeypatch, mix):
+    """To the bit what a run gives whose prompts all have that reward; ocr is asked about its prompts alone."""
+    credited, read = {}, []
+    credit_leaves = loop.credit_leaves
+
+    def noted(run, out, forest, scores, weights):
+        credited[name] = credit_leaves(run, out, forest, scores, weights)
+        return credited[name]
+
+    monkeypatch.setattr(loop, "credit_leaves", noted)
+    runs = {"own": " ".join(files), "ocr:1": "--reward ocr:1", "colour:1": "--reward colour:1"}
+    runs["jpeg:0.1,colour:2"] = "--reward jpeg:0.1,colour:2"
+    for name, flags in runs.items():
+        others = " ".join(files[files.index("--prompts") :])
+        shared = "--leaves 4 --eval-size 2 --prompts-per-iteration 4 --device cpu --steps 6"
+        argv = f"{shared} --reward-mix {mix} {flags if name == 'own' else f'{flags} {others}'}"
+        args, *rest = train_image.job([*argv.split(), "--out", str(tmp_path)])
+        run = launch.prepare(args, checkpoint.Accelerator(cpu=True), *rest)
+        if name == "own":
+            score = run.rewards["ocr"]
+            run.rewards["ocr"] = lambda x, p, score=score: read.extend(p) or score(x, p)
+        loop.iterate(run, 0)
+        drawn = drawn_prompts(args, run.prompts, 0, {})
+    assert sorted(drawn) == sorted(KINDS) and read == ['red "CAT"'] * 4
+
+    rewards, ranking, advantages = credited["own"]
+    for row, prompt in enumerate(drawn):
+        expected = credited[KINDS[prompt] or "colour:1"]
+        assert torch.equal(rewards[row], expected[0][row]) and torch.equal(ranking[row], expected[1][row])
+        assert all(torch.equal(a[row], b[row]) for a, b in zip(advantages, expected[2], strict=True))
+    assert all(torch.isfinite(a).all() for a in advantages) and advantages[-1].abs().max() > 0
+
+
+def test_two_processes_of_which_one_lacks_a_reward(tmp_path, capsys):
+    """One prompt for each process, of different kinds: the same metrics as of one process, up to rounding."""
+    kinds = {'red "CAT"': "ocr:1", 'blue "DOG"': "colour:1"}
+    train = records(tmp_path / "train.jsonl", kinds)
+    heldout = records(
+        tmp_path / "heldout.jsonl", {'red "FOX"': "ocr:1", 'blue "ANT"': "colour:1", 'red "BEE"': "jpeg:1"}
+    )
+    flags = f"--reward-column rewards --watch jpeg-large --prompts {train} --eval-prompts {heldout}"
+    flags += " --iterations 2 --eval-size 3 --micro-batch 1 --device cpu"
+    run(capsys, *flags.split(), "--out", tmp_path / "one")
+    done = start("train_image.py", *SMALL.split(), *flags.split(), "--out", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    names = {"reward_ocr", "reward_colour", "reward_jpeg-large", "reward_mean", "heldout_reward", "heldout_exact"}
+    names |= {f"heldout_{name}" for name in ("ocr", "colour", "jpeg", "jpeg-large")}
+    assert names <= {key for row in one for key in row} and "reward_jpeg" not in one[1]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in names & a.keys():
+            assert b[name] == pytest.approx(a[name], abs=0.02), name
+
+
+def test_a_run_with_rewards_of_prompts_resumes_bit_for_bit(capsys, tmp_path, files, monkeypatch):
+    """Also with prompts that teach nothing drawn less often; with other rewards of the same prompts it is refused."""
+    flags, iterate = [*files, "--prompts-per-iteration", 2, "--silent-prompts", 0.5], loop.iterate
+    run(capsys, *flags, "--out", tmp_path / "whole")
+
+    def stop(run_, iteration):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return iterate(run_, iteration)
+
+    monkeypatch.setattr(loop, "iterate", stop)
+    with pytest.raises(SystemExit):
+        run(capsys, *flags, "--out", tmp_path / "a")
+    monkeypatch.setattr(loop, "iterate", iterate)
+
+    # The same prompts with other rewards are other prompts; without the flag they are so too.
+    train = Path(files[files.index("--prompts") + 1])
+    records(train, KINDS | {'red "CAT"': "ocr:2"})
+    again = ["--out", tmp_path / "a", "--resume"]
+    assert "sha256-of-prompts" in refused(capsys, *SMALL.split(), *flags, *again)
+    records(train)
+    column = flags.index("--reward-column")
+    plain = [*flags[:column], *flags[column + 2 :]]
+    assert "--reward-column rewards, not None" in refused(capsys, *SMALL.split(), *plain, *again)
+
+    run(capsys, *flags, *again)
+    assert rows(tmp_path / "a") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "own, flags, words",
+    [
+        ("beauty:1", "", """the prompt 'red "CAT"': there is no reward 'beauty'"""),
+        ("ocr:0", "", "needs a reward with a weight other than 0"),
+        ("motion:1", "", "--reward-column motion: the motion reward needs one of left"),
+        ("ocr:1", "--watch motion", "--watch motion: the motion reward needs one of left"),
+    ],
+)
+def test_rewards_of_prompts_are_checked_before_anything_long(capsys, tmp_path, own, flags, words):
+    path = records(tmp_path / "a.jsonl", {'red "CAT"': own, 'blue "DOG"': None})
+    argv = ["--reward-column", "rewards", "--prompts", path, *flags.split(), "--out", tmp_path / "a"]
+    assert words in refused(capsys, *argv)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_drawn_tree_has_the_rewards_of_its_prompt(tmp_path, files):
+    """The page's weights are those of the first held-out prompt, and it shows what was scored, not a nan."""
+    small = "--leaves 4 --steps 4 --eval-size 2 --device cpu"
+    args, *rest = train_image.job([*small.split(), *files, "--out", str(tmp_path)])
+    run = launch.prepare(args, checkpoint.Accelerator(cpu=True), *rest)
+    report.tree(run)
+    page = (tmp_path / "tree.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["weights"] == {"ocr": 1.0} and data["scores"].keys() == {"ocr", "jpeg-large"}
+    assert data["rewards"] == data["scores"]["ocr"] and (tmp_path / "tree.png").exists()
+
+
+def test_the_example_of_the_docs_runs(capsys, tmp_path, monkeypatch):
+    """docs/rewards.md, "Another reward for each prompt": its file and its command, on a small scale."""
+    text = (HERE / "docs/rewards.md").read_text().split("## Another reward for each prompt")[1].split("\n## ")[0]
+    content, command = (re.search(rf"```{kind}\n(.*?)```", text, re.S)[1] for kind in ("json", "sh"))
+    argv = shlex.split(command.replace("\\\n", " "), comments=True)
+    assert argv[:2] == ["python", "train_image.py"]
+    (tmp_path / argv[argv.index("--prompts") + 1]).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    small = "--leaves 4 --prompts-per-iteration 2 --eval-size 2 --iterations 1"
+    document = run(capsys, *argv[2:], *small.split(), "--out", tmp_path / "a")
+    assert document["iterations"] == 1

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -17,13 +18,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_policies import a_tree_and_an_update
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from workers import prepared_run
 
+import flags as flags_module
 import loop
+import preference
 import report
 import rewards as R
 import train_image
 import train_video
 from models import WanPolicy
+from pretrained import Setup
 from tiny.make_tiny_wan import COLOURS, MOTIONS, SHAPES, build, combinations, draw, prompt
 
 HERE = Path(__file__).parent.parent
@@ -76,6 +81,116 @@ def test_the_command_line_scores_a_video(tmp_path, capsys):
     R.main(["score", "--reward", "motion,colour", *[str(tmp_path / "a.mp4")] * 2, *prompts])
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
     assert scores["motion"][0] > 0.9 and scores["motion"][1] == 0 and min(scores["colour"]) > 0.9
+
+
+# ---------------------------------------------------------------------------------------------------------- frame rates
+def grey_clip(path: Path, **options) -> str:
+    """A file of nine frames, each a little lighter."""
+    frames = [np.full((32, 32, 3), 25 * i, np.uint8) for i in range(9)]
+    imageio.mimwrite(path, frames, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.MP4", "a.mov", "a.Mkv"])
+def test_a_video_is_read_with_its_rate(tmp_path, name):
+    """Its ending may be written in capitals."""
+    path = grey_clip(tmp_path / name, fps=12.5, macro_block_size=1)
+    assert R.read_picture(path).shape == (1, 9, 3, 32, 32) and R.frame_rate(path) == 12.5
+
+
+def test_a_gif_is_a_video_with_a_rate(tmp_path):
+    """From the times of its frames: one that stands twice as long is two. Without times there is no rate."""
+    path = grey_clip(tmp_path / "a.Gif", duration=[100, 200] * 4 + [100], loop=0)
+    x, twice = R.read_picture(path), torch.tensor([0.0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8])
+    assert x.shape == (1, 13, 3, 32, 32) and R.frame_rate(path) == 10
+    assert (x.mean((2, 3, 4)) * 255 - 25 * twice).abs().max() < 8  # its palette has 256 colours
+    assert R.gif_repeats([30, 40, 0]) == [1, 1, 1] and R.gif_repeats([0, 0]) == [1, 1]
+    assert R.frame_rate(grey_clip(tmp_path / "b.gif", duration=0)) is None
+    Image.new("RGB", (32, 32)).save(tmp_path / "c.gif")
+    assert R.read_picture(str(tmp_path / "c.gif")).shape == (1, 3, 32, 32)
+
+
+def test_a_damaged_video_is_one_sentence(tmp_path):
+    """What ffmpeg reports, its first line; a GIF that was cut short."""
+    (tmp_path / "a.mp4").write_bytes(b"no video" * 100)
+    whole = Path(grey_clip(tmp_path / "b.gif", duration=100)).read_bytes()
+    (tmp_path / "b.gif").write_bytes(whole[: len(whole) // 2])
+    for name in ("a.mp4", "b.gif"):
+        with pytest.raises(ValueError, match="cannot be read as a picture") as caught:
+            R.read_picture(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def rated_by_its_rate(monkeypatch):
+    """In the place of videoalign-mq, which needs its weights: a reward whose score is the frame rate."""
+    monkeypatch.setattr(R, "weight_files", lambda name, setup: [])
+    monkeypatch.setitem(R.REWARDS, "videoalign-mq", lambda setup: lambda x, p: torch.full((len(p),), setup.fps))
+
+
+def test_the_command_line_takes_the_rate_from_the_file(tmp_path, capsys, rated_by_its_rate):
+    """Each file's own; --fps goes before it. Where it says none, and a reward needs it, that is one sentence."""
+    fast = grey_clip(tmp_path / "a.mp4", fps=12.5, macro_block_size=1)
+    files = [fast, grey_clip(tmp_path / "b.gif", duration=50), fast]
+
+    def rates(*argv):
+        R.main(["score", "--reward", "videoalign-mq,colour", *argv, "--prompt", "red"])
+        scores = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+        assert len(scores["colour"]) == len(scores["videoalign-mq"])
+        return scores["videoalign-mq"]
+
+    assert rates(*files) == [12.5, 20, 12.5] and rates(*files, "--fps", "24") == [24] * 3
+
+    timeless = grey_clip(tmp_path / "c.gif", duration=0)
+    assert rates(timeless, "--fps", "8") == [8]
+    for argv, words in (
+        ([], "c.gif does not say how many frames it has per second: give --fps"),
+        (["--fps", "0"], "0.0"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            rates(timeless, *argv)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    R.main(["score", "--reward", "colour", timeless, "--prompt", "red"])  # it does not depend on the rate
+
+
+def test_videoalign_watches_two_frames_per_second():
+    """Of 81: 5.06 s at 16 frames per second, 3.4 s at 24, 10.1 s at 8; and never fewer than four frames."""
+    model, videos = object.__new__(preference.VideoAlign), np.zeros((1, 81, 28, 28, 3), np.uint8)
+    model.video_config = {"fps": 2.0, "max_frame_pixels": 200704}
+    for fps, frames in ((16, 10), (24, 6), (8, 20), (60, 4)):
+        model.fps = fps
+        assert model.frames(videos).shape[1] == frames
+
+
+def test_all_rates_share_one_videoalign(monkeypatch):
+    """Each reward passes its own rate on; ratings that are kept are those of that rate."""
+    made, asked = [], []
+
+    class Model(preference.VideoAlign):
+        def __init__(self, setup):
+            self.setup, self.last_call, self.models = setup, None, []
+            made.append(setup)
+
+        def scores(self, videos, prompts):
+            asked.append(self.fps)
+            return torch.full((len(videos), 3), float(self.fps))
+
+    monkeypatch.setattr(preference, "shared_video_align", lru_cache(maxsize=1)(Model))
+    x, which = torch.zeros(1, 9, 3, 8, 8), slice(1, 2)
+    slow, usual = (preference.video_align(which, Setup(fps=fps)) for fps in (8, 16))
+    assert [reward(x, ["a"]).item() for reward in (slow, slow, usual, slow)] == [8, 8, 16, 8]
+    assert len(made) == 1 and asked == [8, 16, 8]
+    assert Setup().fps == 16 and Model(Setup())(x, ["a"]).tolist() == [[16] * 3]
+
+
+def test_training_rates_videos_at_their_rate(tmp_path, rated_by_its_rate):
+    """The embedded model's is 8, that of any other checkpoint 16; --fps goes before both, and pictures have none."""
+    small = "--video --frames 5 --reward colour --watch videoalign-mq"
+    for flags, rate in (("", 8), ("--fps 12.5", 12.5)):
+        run = prepared_run(f"{small} {flags}", str(tmp_path))
+        assert run.args.fps == rate and run.rewards["videoalign-mq"](torch.zeros(1), ["a"]).item() == rate
+    assert flags_module.DEFAULTS_VIDEO["fps"].other == 16 == Setup().fps
+    assert not hasattr(flags_module.parser("").parse_args([]), "fps")
 
 
 def test_motion_does_not_depend_on_size():
@@ -163,6 +278,7 @@ def test_a_run_leaves_videos_and_pictures(wan, tmp_path, capsys):
         assert (tmp_path / "a" / name).stat().st_size > 500, name
     with Image.open(tmp_path / "a/before_after.gif") as gif:
         assert gif.n_frames == 5
+    assert R.frame_rate(str(tmp_path / "a/before_after.mp4")) == 8  # the embedded model's
 
 
 def test_played_videos_show_before_beside_after(tmp_path):
@@ -174,6 +290,14 @@ def test_played_videos_show_before_beside_after(tmp_path):
     middle = frame[16 + 3 + 48]
     assert abs(middle[20] - 0).max() < 30 and abs(middle[150] - 128).max() < 30
     assert frame.shape[1] == 6 * (2 * 32 + 4) * 3
+
+
+def test_played_videos_have_the_rate_of_the_run(tmp_path):
+    """By default the embedded model's."""
+    moving = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    report.play(moving, moving, ["a prompt"] * 2, tmp_path / "x", 20)
+    assert R.frame_rate(str(tmp_path / "x.mp4")) == R.frame_rate(str(tmp_path / "x.gif")) == 20
+    assert R.read_picture(str(tmp_path / "x.gif")).shape[1] == 5
 
 
 BAD = [

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import families
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
@@ -38,12 +39,28 @@ CASES = {
     "endpoint": "--objective endpoint --splits 0,2",
     "elbo, without noise": "--objective elbo --method ode --noise-draws 1",
     "Wan, guided": "--video --guidance 2 --frames 5 --reward colour:1",
+    "SD3, guided": "--family sd3 --guidance 2",
+    "FLUX.2, LoRA": "--family flux2 --guidance 1 --lora 2",
+    "Z-Image, guided": "--family z_image --guidance 1",
 }
+FAMILY = "--reward colour:1 --height 32 --width 32 --dtype fp32 --eta 0.7"
+
+
+def random_checkpoint(name: str, folder: str) -> Path:
+    """A checkpoint of families.py, the same in every process; each makes its own, before they know of one another.
+
+    (transformers saves on the main process alone.)
+    """
+    path = Path(folder) / f"{name}-{os.environ.get('RANK', 'alone')}"
+    return path if path.exists() else families.saved(name, path)
 
 
 def prepared_run(flags: str, folder: str) -> Run:
     """A Run at iteration 0."""
     script = train_video if "--video" in flags else train_image
+    if flags.startswith("--family"):
+        _, name, flags = flags.split(maxsplit=2)
+        flags += f" {FAMILY} --model {random_checkpoint(name, folder)}"
     args, *rest = script.job([*SHARED.split(), *flags.replace("--video", "").split(), "--out", folder])
     return launch.prepare(args, Accelerator(cpu=True), *rest)
 
@@ -127,6 +144,8 @@ def main() -> None:
         Path(folder, f"{Accelerator(cpu=True).process_index}.json").write_text(json.dumps(errors))
         hang()
         return
+    for name in families.FAMILIES:
+        random_checkpoint(name, folder)
     for name, case in CASES.items():
         run = prepared_run(f"{case} {' '.join(flags)}", folder)
         gradients = gradients_of_an_iteration(run)

@@ -196,14 +196,18 @@ def bert_tokenizer(folder: Path, size: int = 0) -> int:
     return len(tokens) + 2
 
 
-def qwen_tokenizer(folder: Path) -> int:
-    """A small byte-level vocabulary in Qwen2-VL's layout.
+def qwen_tokenizer(folder: Path, repository: str = QWEN, more: tuple[tuple[str, str], ...] = ()) -> int:
+    """A small byte-level vocabulary in the layout of Qwen2-VL, which is also that of Qwen2.5-VL.
+
+    Args:
+        folder: it is written to REPOSITORY/tokenizer.json there. more: pairs of tokens to merge, besides those of
+            VideoAlign's.
 
     Returns:
         its size, with the three tokens that VideoAlign adds.
     """
     letters = byte_letters()
-    merges = [("r", "e"), ("re", "d"), ("c", "a"), ("ca", "t"), ("\u0120", "a"), ("i", "n")]
+    merges = [("r", "e"), ("re", "d"), ("c", "a"), ("ca", "t"), ("\u0120", "a"), ("i", "n"), *more]
     vocabulary = {t: i for i, t in enumerate([*letters, *("".join(m) for m in merges)])}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -215,9 +219,9 @@ def qwen_tokenizer(folder: Path) -> int:
     added = [{"id": len(vocabulary) + i, "content": t} | plain for i, t in enumerate(SPECIAL)]
     document = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     document |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}}
-    (folder / QWEN).mkdir(parents=True, exist_ok=True)
+    (folder / repository).mkdir(parents=True, exist_ok=True)
     text = json.dumps(document | {"post_processor": level, "decoder": level, "model": bpe})
-    (folder / QWEN / "tokenizer.json").write_text(text)
+    (folder / repository / "tokenizer.json").write_text(text)
     return len(vocabulary) + len(SPECIAL) + 3
 
 
@@ -258,8 +262,125 @@ def configs(clip_vocabulary: int, bert_vocabulary: int, qwen_vocabulary: int) ->
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------- vlm
+# The config.json of both sizes: flat, as in the days when they were published.
+SHARED = {"model_type": "qwen2_5_vl", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+SHARED |= {"max_position_embeddings": 128000, "sliding_window": 32768, "use_sliding_window": False}
+SHARED |= {"attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
+VISION = {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+VISION |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2}
+VISION |= {"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+VLM = {  # reward -> the rest of its config, and the number of its files of weights
+    "vlm": (
+        {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+        | {"num_key_value_heads": 2, "vocab_size": 151936, "max_window_layers": 70, "tie_word_embeddings": True},
+        2,
+    ),
+    "vlm-7b": (
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        | {"num_key_value_heads": 4, "vocab_size": 152064, "max_window_layers": 28, "tie_word_embeddings": False},
+        5,
+    ),
+}
+QWEN2_5 = {"vlm": "Qwen/Qwen2.5-VL-3B-Instruct", "vlm-7b": "Qwen/Qwen2.5-VL-7B-Instruct"}
+
+# Its preparation of pictures, and its chat template: {% if %} in one line, as it was published.
+PREPARATION = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+PREPARATION |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+PREPARATION |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def vlm_config(name: str, vocabulary: int | None = None) -> dict:
+    """The official config of a Qwen2.5-VL; with the size of a small vocabulary, that of a small model.
+
+    Both small ones have the same sizes, and so differ in the layout alone: `vlm` ties its output weights to its
+    embedding, `vlm-7b` has them in its files.
+    """
+    config, vision = SHARED | VLM[name][0], VISION | {"out_hidden_size": VLM[name][0]["hidden_size"]}
+    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    tokens = {"vision_start_token_id": 151652, "vision_end_token_id": 151653, "image_token_id": 151655}
+    tokens |= {"video_token_id": 151656, "bos_token_id": 151643, "eos_token_id": 151645}
+    if vocabulary:
+        config |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+        config |= {"num_key_value_heads": 1, "vocab_size": vocabulary + 7}  # larger than the tokenizer's, as officially
+        vision |= {"depth": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 64}
+        vision |= {"fullatt_block_indexes": [1]}
+        rope["mrope_section"] = [4, 6, 6]
+        shift = vocabulary - 1 - tokens["video_token_id"]  # the special tokens are the last ones
+        tokens = {key: number + shift for key, number in tokens.items()}
+    return config | tokens | {"vision_config": vision, "rope_scaling": rope}
+
+
+def vlm_shapes(config: dict) -> dict[str, list[int]]:
+    """Names and shapes of a checkpoint of Qwen2.5-VL, as it was published."""
+    v, width, inner = config["vision_config"], config["hidden_size"], config["intermediate_size"]
+    c, m, square = v["hidden_size"], v["intermediate_size"], v["hidden_size"] * v["spatial_merge_size"] ** 2
+    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
+
+    out = {"visual.patch_embed.proj.weight": [c, 3, v["temporal_patch_size"], v["patch_size"], v["patch_size"]]}
+    block = {"norm1": [c], "norm2": [c], "attn.qkv": [3 * c, c], "attn.proj": [c, c]}
+    block |= {"mlp.gate_proj": [m, c], "mlp.up_proj": [m, c], "mlp.down_proj": [c, m]}
+    places = {f"visual.blocks.{i}.{key}": shape for i in range(v["depth"]) for key, shape in block.items()}
+    places |= {
+        "visual.merger.ln_q": [c],
+        "visual.merger.mlp.0": [square, square],
+        "visual.merger.mlp.2": [width, square],
+    }
+    for key, shape in places.items():  # norms have no bias, all else of the picture's tower has
+        out |= {f"{key}.weight": shape} | ({f"{key}.bias": shape[:1]} if len(shape) > 1 else {})
+
+    out["model.embed_tokens.weight"] = [config["vocab_size"], width]
+    layer = {"input_layernorm": [width], "post_attention_layernorm": [width], "self_attn.o_proj": [width, width]}
+    layer |= {"self_attn.q_proj": [width, width], "self_attn.k_proj": [keys, width], "self_attn.v_proj": [keys, width]}
+    layer |= {"mlp.gate_proj": [inner, width], "mlp.up_proj": [inner, width], "mlp.down_proj": [width, inner]}
+    for i in range(config["num_hidden_layers"]):
+        for key, shape in layer.items():
+            biased = key.endswith(("q_proj", "k_proj", "v_proj"))
+            out |= {f"model.layers.{i}.{key}.weight": shape}
+            out |= {f"model.layers.{i}.{key}.bias": shape[:1]} if biased else {}
+    out["model.norm.weight"] = [width]
+    return out | ({} if config["tie_word_embeddings"] else {"lm_head.weight": [config["vocab_size"], width]})
+
+
+def vlm_files(folder: Path, name: str, seed: int = 0) -> None:
+    """All files of a small Qwen2.5-VL in the official layout, its weights spread over as many files as officially."""
+    repository = QWEN2_5[name]
+    words = (("Y", "e"), ("Ye", "s"), ("N", "o"))
+    config = vlm_config(name, qwen_tokenizer(folder, repository, words) - 3)
+    state = values(vlm_shapes(config), seed)
+
+    # A narrow embedding keeps the logits near 1. Else nearly all scores would be 0 or 1, and equal for no good reason.
+    state["model.embed_tokens.weight"] *= 0.1
+
+    # The official index names a weight's file; transformers' own loader needs it.
+    n, index = VLM[name][1], {}
+    for i in range(n):
+        file = f"model-{i + 1:05}-of-{n:05}.safetensors"
+        shard = dict(list(state.items())[i::n])
+        save_file(shard, folder / repository / file)
+        index |= dict.fromkeys(shard, file)
+    files = {"model.safetensors.index.json": {"metadata": {}, "weight_map": index}, "config.json": config}
+    files |= {"preprocessor_config.json": PREPARATION, "chat_template.json": {"chat_template": TEMPLATE}}
+    for file, content in files.items():
+        (folder / repository / file).write_text(json.dumps(content))
+
+
 def write(folder: Path, seed: int = 0) -> dict[str, dict]:
-    """Every file that the six rewards read, under REPOSITORY/FILE, at reduced size.
+    """Every file that the preference models read, under REPOSITORY/FILE, at reduced size.
 
     Returns:
         the reduced configs.
@@ -275,6 +396,8 @@ def write(folder: Path, seed: int = 0) -> dict[str, dict]:
     (folder / "KwaiVGI/VideoAlign").mkdir(exist_ok=True)
     template = f"DETAILED_PROMPT_WITH_SPECIAL_TOKEN = {QUESTION!r}\n"
     (folder / "KwaiVGI/VideoAlign/prompt_template.py").write_text(template)
+    for name in VLM:
+        vlm_files(folder, name, seed)
     return small
 
 
