@@ -636,7 +636,7 @@ def unpruned_command(args) -> str:
 
 def describe(args, prompts: list[str], heldout: list[str]) -> str:
     """The resolved options with their origin, and the derived counts with their formula, as printed at the start."""
-    own = own_weights(vars(args).get("prompt_rewards"), args.reward)
+    sets = sets_of_rewards(own_weights(vars(args).get("prompt_rewards"), args.reward), [*prompts, *heldout])
     hidden = ("origin", "prompt_rewards")
     options = {name: value for name, value in vars(args).items() if value is not None and name not in hidden}
     rows = []
@@ -648,7 +648,7 @@ def describe(args, prompts: list[str], heldout: list[str]) -> str:
     n, trained = count(forest), rows_per_prompt(args, forest, keep_chosen(forest, 1))
     rows += [
         f"prompts        {len(prompts)} to train on, {len(heldout)} held out",
-        *(f"rewards        prompts with {s}: {n}" for s, n in sets_of_rewards(own, [*prompts, *heldout]).items()),
+        *(f"rewards        prompts with {text}: {total}" for text, total in sets.items()),
         f"leaves         {p} prompts x {n['leaves']} = {p * n['leaves']} per iteration",
         f"nodes          {p} x {n['nodes']}, edges {p} x {n['edges']} (sums over depths of the nodes per depth)",
         f"forwards       {p} x {n['forwards']} = {p * n['forwards']} (every node but the leaves)",

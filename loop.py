@@ -256,7 +256,8 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     # never asked; nor does the rollout in 16 bits say it, whose calls round otherwise than those of an update.
     run.at(f"iteration {iteration + 1}: update")
     batches, stats = minibatches(run, iteration, rows_of, len(prompts)), []
-    asked = batches[1:] if args.objective in ON_LEAVES or (args.objective == "surrogate" and args.dtype != "fp32") else []
+    rounded = args.objective == "surrogate" and args.dtype != "fp32"
+    asked = batches[1:] if args.objective in ON_LEAVES or rounded else []
     for batch in asked:
         if args.objective in ON_LEAVES:
             remember_velocity(policy, batch, cond, args.micro_batch)

@@ -1,4 +1,4 @@
-"""Models: FLUX.1, SD3, FLUX.2 and Z-Image for pictures, Wan for videos, at any size and for any checkpoint of the class.
+"""Models: FLUX.1, SD3, FLUX.2 and Z-Image for pictures, Wan for videos, for any size and checkpoint of their classes.
 
 What a model must offer, on top of what `Policy` (policy.py) does for all of them:
 
@@ -9,13 +9,13 @@ What a model must offer, on top of what `Policy` (policy.py) does for all of the
 
 How they differ, and where the values come from:
 
-|              | latent_shape                  | time       | guidance                  | text conditioning                |
-|--------------|-------------------------------|------------|---------------------------|----------------------------------|
-| FluxPolicy   | (tokens, 64), packed 2 x 2    | sigma      | an input: one forward     | T5 states, CLIP's pooled vector  |
-| SD3Policy    | (16, rows, columns)           | 1000 sigma | two forwards              | CLIP and T5 states, pooled       |
-| Flux2Policy  | (tokens, 128), packed, normed | sigma      | two forwards or distilled | Qwen3 states of three layers     |
-| ZImagePolicy | (16, rows, columns)           | 1 - sigma  | two forwards, 0 is none   | Qwen3 states, as long as they are |
-| WanPolicy    | (16, frames, rows, columns)   | 1000 sigma | two forwards              | UMT5 states, zero after the text |
+|              | latent_shape                  | time       | guidance                  | text conditioning            |
+|--------------|-------------------------------|------------|---------------------------|------------------------------|
+| FluxPolicy   | (tokens, 64), packed 2 x 2    | sigma      | an input: one forward     | T5 states, CLIP's pooled     |
+| SD3Policy    | (16, rows, columns)           | 1000 sigma | two forwards              | CLIP and T5 states, pooled   |
+| Flux2Policy  | (tokens, 128), packed, normed | sigma      | two forwards or distilled | Qwen3 states of three layers |
+| ZImagePolicy | (16, rows, columns)           | 1 - sigma  | two forwards, 0 is none   | Qwen3 states, of any length  |
+| WanPolicy    | (16, frames, rows, columns)   | 1000 sigma | two forwards              | UMT5 states, zero after it   |
 
 Channel counts, factors of the VAE, constants of the normalisation and the length of the text are read from the
 checkpoint's own config. So small models, as those in tiny/, take the same path as the published ones.

@@ -48,6 +48,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from diffusers.models.normalization import RMSNorm
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -61,9 +62,9 @@ from branchgrpo import Cond
 from disk import replacing
 from parallel import shard, unshard
 
-# The projections of attention (queries, keys, values, output) under the last part of the names that diffusers gives them
-# in all models here. Those with "add" belong to the text stream of FLUX and SD3. The single blocks of FLUX.2 have two
-# layers in all, into which those of attention and of the feed-forward are fused.
+# The projections of attention (queries, keys, values, output) under the last part of the names that diffusers gives
+# them in all models here. Those with "add" belong to the text stream of FLUX and SD3. The single blocks of FLUX.2 have
+# two layers in all, into which those of attention and of the feed-forward are fused.
 LORA_TARGETS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
 LORA_TARGETS += (".to_qkv_mlp_proj", ".to_out")
 
@@ -246,11 +247,12 @@ class Policy:
                 if not stays_on_cpu:
                     component.to(self.device)
 
-        # 3. Under CUDA's autocast RMSNorm returns float32 for queries and keys, while values stay bf16. Flash attention
-        #    refuses such a mixture, so the norm's output is given the type of its input.
+        # 3. Under CUDA's autocast RMSNorm returns float32 for queries and keys, while values stay bf16; so does
+        #    diffusers' own RMSNorm with float32 weights. Flash attention refuses such a mixture, so the norm's output
+        #    is given the type of its input.
         if autocast:
             for module in pipe.transformer.modules():
-                if isinstance(module, torch.nn.RMSNorm):
+                if isinstance(module, (torch.nn.RMSNorm, RMSNorm)):
                     module.register_forward_hook(lambda _, inputs, normed: normed.to(inputs[0].dtype))
 
         # 4. The untrained model, for the KL term. A LoRA needs no copy: without its adapters it is the untrained model.

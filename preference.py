@@ -669,8 +669,8 @@ class Vlm(Scorer):
 
     VQAScore (arXiv:2404.01291) takes P(Yes) alone, out of all tokens of the vocabulary. That also rises when the model
     merely puts its answer in the form that is asked for, for instance Yes instead of yes or This, and a policy would be
-    paid for it. Among Yes and No only the verdict counts. The ratio exceeds P(Yes) by itself times what the other
-    tokens have: by 0.01 at most where Yes and No have 99 per cent.
+    paid for it. Between Yes and No only the verdict counts. The difference is score - P(Yes) = score (1 - P(Yes) -
+    P(No)): at most 0.01 where Yes and No have 99 per cent of the probability.
     """
 
     def __init__(self, name: str, setup: Setup):
@@ -700,8 +700,8 @@ class Vlm(Scorer):
         if config.tie_word_embeddings and "model.language_model.embed_tokens.weight" in state:
             state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
 
-        every = weights[0].with_name("model-*.safetensors")  # for errors: the files are one model
-        self.model = build(Qwen2_5_VLForConditionalGeneration, config, state, every, setup.dtype)
+        all_files = weights[0].with_name("model-*.safetensors")  # for errors: the files are one model
+        self.model = build(Qwen2_5_VLForConditionalGeneration, config, state, all_files, setup.dtype)
         self.models, self.setup = [self.model], setup
 
     def text(self, prompt: str) -> str:

@@ -138,8 +138,8 @@ def columns_for(names: list[str], column: str, reward_column: str | None = None)
     def fits(name: str, asked: str | None) -> bool:
         return asked is not None and (name == asked or name.lower() == asked.partition(".")[0].lower())
 
-    there = any(fits(name, column) for name in names)
-    return [name for name in names if there and (fits(name, column) or fits(name, reward_column))]
+    has_prompts = any(fits(name, column) for name in names)
+    return [name for name in names if has_prompts and (fits(name, column) or fits(name, reward_column))]
 
 
 def parquet_of(path: Path, column: str, reward_column: str | None = None) -> list[dict]:
@@ -319,17 +319,20 @@ def rewards_of(args, records: list[tuple[str, str | None]]) -> dict[str, str] | 
     """
     if args.reward_column is None:
         return None
+
+    # A name that is misspelt, or a file of plain prompts, would train silently with --reward alone.
     files = " or ".join(path for path in (args.prompts, args.eval_prompts) if path) or "the embedded prompts"
     if all(text is None for _, text in records):
         needed = 'it takes a file of records, such as {"prompt": ..., "rewards": "ocr:1"} in .jsonl'
         raise ValueError(f"--reward-column {args.reward_column}: nothing in {files} has this field; {needed}")
 
+    # Without the field or with an empty one, a prompt takes --reward: "" stands for either.
     rewards = {}
     for prompt, text in records:
         first = rewards.setdefault(prompt, text or "")
         if first != (text or ""):
-            both = f"{first or 'none'} and {text or 'none'}"
-            raise ValueError(f"--reward-column: the prompt {short(prompt)} of {files} has two sets of rewards, {both}")
+            sets = f"{first or 'none'} and {text or 'none'}"
+            raise ValueError(f"--reward-column: the prompt {short(prompt)} of {files} has two sets of rewards, {sets}")
     return rewards
 
 

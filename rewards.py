@@ -5,14 +5,15 @@
     prompts    B strings
     scores     (B,) float32 on the CPU
 
-1. ocr                 reads the picture as one line of text, compares with the text that the prompt quotes    [0, 1]
+1. ocr                 reads the text in the picture, and compares it with the text that the prompt quotes     [0, 1]
 2. colour              the ink's colour against the first colour word of the prompt                            [0, 1]
 3. jpeg, jpeg-large    minus the size of the picture as a JPEG, in kB; plus the size              below 0 / above 0
 4. motion, temporal    of videos: optical flow against the prompt's direction; warping and flicker             [0, 1]
 5. hpsv2, pickscore, clip, aesthetic, imagereward, videoalign: preference models, see preference.py
 6. vlm, vlm-7b         is this the prompt? How sure a vision-language model is of Yes, see preference.py       [0, 1]
 
-Several rewards are weighted and summed, as in `--reward ocr:1,jpeg:0.1`; others are only watched (`--watch`). A policy
+Several rewards are weighted and summed, as in `--reward ocr:1,jpeg:0.1`; others are only watched (`--watch`). With
+`--reward-column` each prompt has rewards of its own, and a reward is asked about the prompts that name it. A policy
 learns what its reward asks for and nothing else: ocr is blind to colour, so a policy trained on it alone drifts from
 red to purple. A second reward, watched or optimised, shows it.
 
@@ -77,7 +78,8 @@ def sampled_frames(videos: Tensor, n: int = 3) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- ocr
 QUOTED = re.compile(  # a text in quotes, of any kind that people type
     r"""
-      "([^"]+)" | “([^”]+)” | „([^“”]+)[“”] | «([^»]+)» | 「([^」]+)」 | ‘([^’]+)’(?!\w)
+      "([^"]+)" | “([^”]+)” | „([^“”]+)[“”] | «([^»]+)» | 「([^」]+)」
+    | ‘((?:[^’]|(?<=\w)’(?=\w))+)’(?!\w)           # ‘OPEN’ and ‘DON’T’
     | (?<!\w)'((?:[^']|(?<=\w)'(?=\w))+)'(?!\w)   # 'OPEN' and 'DON'T', but not the dog's and the dogs'
     """,
     re.VERBOSE,
@@ -121,49 +123,144 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
+# A picture up to this height, and not taller than wide, is one line of text: those of the embedded model are, 32 x 64.
+# In any other one the text may stand anywhere, and its lines are looked for first. To look for them is as good or better
+# at every height from 32 on, but takes 1.5 times as long at 32 x 64, and would change that model's figures (LAB.md).
+LINE_HEIGHT = 32  # pixels
+LONGEST_SIDE = 640  # pixels: larger pictures are shrunk to it when lines are looked for, not when they are read
+SURE = 0.5  # a line is dropped if the recogniser is less sure of it, of 1; PaddleOCR does so in Flow-GRPO
+
+
+def is_one_line(height: int, width: int) -> bool:
+    """Whether a picture is read as one line of text. Its shape alone decides: all leaves of a prompt are read alike.
+
+    A picture of 32 x 64 pixels (height x width) is one line; of 64 x 128 or 32 x 16 it is not.
+    """
+    return height <= min(width, LINE_HEIGHT)
+
+
+def reading_order(boxes: np.ndarray) -> list[int]:
+    """The order in which text is read: rows from top to bottom, and each row from left to right.
+
+    Args:
+        boxes: (N, 4, 2) the corners of N boxes of text, x and y in pixels; y points down.
+
+    Returns:
+        the N places of the boxes in `boxes`, in the order of reading. For the words of
+
+            Spring sale
+            2024
+
+        given as sale, 2024, Spring, these are [2, 0, 1].
+    """
+    left, middle = boxes[:, :, 0].min(1), boxes[:, :, 1].mean(1)  # (N,), (N,)
+    height = np.ptp(boxes[:, :, 1], axis=1)  # (N,)
+
+    # From top to bottom, a box stands in the row of the box before it if their middles differ by less than half the
+    # lower height of the two. Lines of text lie a whole height apart, so no row takes in the next one. In one row the
+    # middles of "Top" and "dot", of which only one has a letter that reaches down, differ by a tenth of their height.
+    rows: list[list[int]] = []
+    for i in map(int, np.argsort(middle, kind="stable")):
+        last = rows[-1][-1] if rows else None
+        if last is not None and middle[i] - middle[last] < min(height[i], height[last]) / 2:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+
+    return [i for row in rows for i in sorted(row, key=left.__getitem__)]
+
+
+def text_accuracy(text: str, target: str, anywhere: bool) -> float:
+    """Flow-GRPO's score of a text: 1 - edit distance / length of the target, and 0 from that many edits on.
+
+    For the target "cat", "cat" scores 1, "cut" 1 - 1/3, and what is three edits away or more 0.
+
+    Args:
+        text: what was read, after `normalise`.
+        target: what was asked for, after `normalise`; not empty.
+        anywhere: whether the text comes from the whole of a scene. There other writing is no mistake: a street with an
+            "OPEN" sign has names of shops too. So a text that contains the target scores 1, as in Flow-GRPO. On a strip
+            that holds nothing but the word, a letter too many is a mistake, and "cats" scores 1 - 1/3.
+    """
+    if anywhere and target in text:
+        return 1.0
+    return max(0.0, 1 - edit_distance(text, target) / len(target))
+
+
 class Ocr:
     """Text accuracy, as in Flow-GRPO: 1 - edit distance / length of the quoted text, clipped to [0, 1]; 1 is exact.
 
-    The recogniser is PP-OCRv6's (Apache-2.0, inside the rapidocr wheel). It is fed the whole picture as one line of
-    text, resized to a height of 48 pixels.
+    1. A picture that is one line of text (`is_one_line`) goes to the recogniser as it is, resized to 48 pixels' height.
+    2. In any other one, the detector finds boxes of text, wherever they stand. The recogniser reads each, and what it
+       reads is joined in the order of reading, without spaces.
+    3. The text is compared with the quoted one (`text_accuracy`).
+
+    Detector and recogniser are PP-OCRv6's (Apache-2.0, inside the rapidocr wheel). The detector is loaded when the
+    first picture needs it.
+
+    Departures from Flow-GRPO, which has PP-OCR's English models of an older version: quotes of all kinds; `normalise`,
+    which also takes O for 0; the order of reading, whose rows know the size of the letters where PaddleOCR's are always
+    10 pixels high; and on single lines a text that contains the target is no exact match.
 
     Raises:
-        CannotScore: when called with a picture taller than wide, which is no line of text, or a prompt without quotes.
+        CannotScore: when called with a prompt without quotes, or a picture too narrow for the detector.
     """
 
     def __init__(self):
         from rapidocr import RapidOCR  # slow to import, and only this reward needs it
 
         # At least 48 pixels wide, wider by the aspect ratio. Batches of 8 are the fastest on a CPU (LAB.md).
-        size = {"Rec.rec_img_shape": [3, 48, 48], "Rec.rec_batch_num": 8}
+        recogniser = {"Rec.rec_img_shape": [3, 48, 48], "Rec.rec_batch_num": 8}
+        detector = {"Det.limit_side_len": LONGEST_SIDE, "Det.limit_type": "max"}
 
         # As many threads as torch has; onnxruntime's default would take all cores.
         threads = {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}
-        self.recogniser = RapidOCR(params={"Global.log_level": "critical", **size, **threads})._load_rec_model()
+        self.models = RapidOCR(params={"Global.log_level": "critical", **recogniser, **detector, **threads})
+        self.recogniser = self.models._load_rec_model()
 
     def read(self, pictures: Tensor) -> list[str]:
-        """The text that the recogniser sees in each picture, as it comes.
+        """The text that stands in each picture, as it comes.
 
         Raises:
-            CannotScore: if the pictures are taller than wide.
+            CannotScore: if the pictures are too narrow for the detector.
         """
         from rapidocr.ch_ppocr_rec import TextRecInput
 
-        if pictures.shape[-2] > pictures.shape[-1]:
-            size = f"{pictures.shape[-1]}x{pictures.shape[-2]}"
-            raise CannotScore(f"the ocr reward reads one line of text: a picture of {size} is taller than wide")
-
         # The recogniser was trained with OpenCV's order of colours, blue first.
         bgr = np.ascontiguousarray(to_uint8(pictures)[..., ::-1])  # (B, H, W, 3)
-        return list(self.recogniser(TextRecInput(img=list(bgr))).txts)
+        height, width = bgr.shape[1:3]
+        if is_one_line(height, width):
+            return list(self.recogniser(TextRecInput(img=list(bgr))).txts)
+
+        # The detector rounds both sides to multiples of 32: of 16 pixels or less nothing would be left.
+        if min(height, width) * min(1, LONGEST_SIDE / max(height, width)) <= 16:
+            raise CannotScore(f"the ocr reward finds no text in a picture of {width}x{height}: it is too narrow")
+        return [self.read_anywhere(picture) for picture in bgr]
+
+    def read_anywhere(self, picture: np.ndarray) -> str:
+        """All lines of text in a picture (H, W, 3), uint8 with blue first, joined in the order of reading.
+
+        One picture at a time: the recogniser fills the short lines of a batch up to the longest, which may change what
+        it reads, and a picture's score must not depend on the other pictures. Batches would not be faster (LAB.md).
+        """
+        from rapidocr.ch_ppocr_rec import TextRecInput
+        from rapidocr.utils.process_img import get_rotate_crop_image
+
+        boxes = self.models._load_det_model()(picture).boxes  # (N, 4, 2), or None; loaded once
+        if boxes is None:
+            return ""
+
+        # A box may be tilted: what it holds is turned upright.
+        lines = [get_rotate_crop_image(picture, boxes[i]) for i in reading_order(boxes)]
+        result = self.recogniser(TextRecInput(img=lines))
+        return "".join(text for text, sure in zip(result.txts, result.scores, strict=True) if sure >= SURE)
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """(B, 3, H, W) in [0, 1] and B prompts -> (B,) scores in [0, 1]."""
-        # For a prompt red "CAT": CAT scores 1, CUT 1 - 1/3, and what is three edits away or more 0.
+        anywhere = not is_one_line(*pictures.shape[-2:])
         scores = []
         for text, prompt in zip(self.read(pictures), prompts, strict=True):
-            target = normalise(quoted_text(prompt))
-            scores.append(max(0.0, 1 - edit_distance(normalise(text), target) / len(target)))
+            scores.append(text_accuracy(normalise(text), normalise(quoted_text(prompt)), anywhere))
         return torch.tensor(scores)
 
 
@@ -488,7 +585,7 @@ def load_rewards(
     """
     # A reward that is optimised and watched stands once. With rewards of their own, prompts decide what is optimised.
     weights, watched = parse_weights(reward, "--reward"), watched_names(watch, prompts, blank.ndim == 5)
-    optimised = dict.fromkeys(n for each in own.values() for n, w in each.items() if w) if own else weights
+    optimised = dict.fromkeys(n for by_name in own.values() for n, w in by_name.items() if w) if own else weights
     names = list(dict.fromkeys([*optimised, *watched]))
     asked = {name: [p for p in prompts if not own or name in own[p]] for name in names}  # the prompts that it scores
 
@@ -660,7 +757,8 @@ def weighted(score: Tensor, weight: float | Tensor) -> Tensor:
 def prompt_weights(prompts: list[str], weights: dict[str, float], own: Own) -> dict[str, float | Tensor]:
     """The weights of an iteration's prompts: those of --reward, or with --reward-column name -> (P, 1) float64.
 
-    With own = {"a": {"ocr": 1}, "b": {"ocr": 2, "jpeg": 1}} the prompts a b have {"jpeg": [[0], [1]], "ocr": [[1], [2]]}.
+    With own = {"a": {"ocr": 1}, "b": {"ocr": 2, "jpeg": 3}} the prompts a b have {"jpeg": [[0], [3]],
+    "ocr": [[1], [2]]}.
     """
     if not own:
         return weights

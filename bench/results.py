@@ -818,7 +818,7 @@ SECTIONS = {  # name of the JSON -> title, command, how it is shown
 LORA = "--steps 20 --dtype bf16 --lora 64 --micro-batch 1 --gradient-checkpointing --text-offload"
 LORA += " --iterations 300 --lr-end 1 --ema 0.995"  # the paper's recipe, but for the LoRA and its learning rate
 PLACES = {  # what the commands of the rows below have in common
-    "FLUX": f"--model black-forest-labs/FLUX.1-dev --height 720 --width 720 {LORA}",
+    "FLUX": f"--model black-forest-labs/FLUX.1-dev --height 720 --width 720 --shift 3 {LORA}",
     "WAN": f"--model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --height 480 --width 832 --frames 33 --guidance 5 {LORA}",
     "DATA": "--prompts hpdv2_train.txt --eval-prompts hpdv2_test.txt --reward hpsv2 --watch pickscore,imagereward,clip",
 }

@@ -14,7 +14,7 @@
 exec torchrun --nnodes "${NODES:-2}" --nproc_per_node "${GPUS:-8}" \
     --rdzv_backend c10d --rdzv_endpoint "${HEAD:?host:port}" \
     train_image.py --model black-forest-labs/FLUX.1-dev \
-    --prompts "${PROMPTS:-prompts.txt}" --height 720 --width 720 --steps 20 \
+    --prompts "${PROMPTS:-prompts.txt}" --height 720 --width 720 --steps 20 --shift 3 \
     --method branchgrpo --depth-prune 5 --depth-every 30 --sde dance --eta 0.3 --prompts-per-iteration 16 \
     --lr 1e-5 --lr-end 1 --ema 0.995 --iterations 300 \
     --reward hpsv2 --watch pickscore,imagereward --reward-weights "${WEIGHTS:-weights}" --reward-dtype bf16 \

@@ -2,9 +2,9 @@
 # Wan2.1-T2V-1.3B, all weights, on eight GPUs of 80 GB: 53 frames of 480 x 832 with BranchGRPO-Mix.
 # The paper did not publish its frames, resolution or rate for video. It departs from its code for images:
 # one optimiser step per iteration, where the published code takes about 37.
-# Memory: 18.21 GiB of 74.5, by `GPUS=1 sh configs/wan_full_8x80gb.sh --plan wan2.1-1.3b --gpu h100 --gpus 8`.
-# Sum: trained weights 0.66, reward models 4.28, VAE 0.47, blocks gathered 0.43, gradients 0.66, AdamW 1.32, EMA 0.66,
-#   activations 9.72
+# Memory: 18.79 GiB of 74.5, by `GPUS=1 sh configs/wan_full_8x80gb.sh --plan wan2.1-1.3b --gpu h100 --gpus 8`.
+# Sum: while prompts are encoded, before training: trained weights 0.66, reward models 4.28, VAE 0.47,
+#   text encoders 13.37
 exec torchrun --standalone --nproc_per_node "${GPUS:-8}" train_video.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
     --prompts "${PROMPTS:-prompts.txt}" --height 480 --width 832 --frames 53 --guidance 5 --steps 20 \
     --method branchgrpo-mix --mix 4 --sde dance --eta 0.3 \

@@ -34,7 +34,7 @@ def test_the_random_models_have_the_official_size():
             assert counts == [figures.parameters, figures.frozen["VAE"]], name
 
 
-@pytest.mark.parametrize("architecture", hardware.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", gpu.BUILT)
 def test_a_stand_in_is_as_wide_as_its_transformer_wants(architecture, tmp_path, monkeypatch):
     """Saved and loaded: bf16, of the asked length of text; norms are 1, and other weights have their variance."""
     monkeypatch.chdir(HERE)

@@ -1,15 +1,17 @@
 """Rewards on pictures whose right score is known."""
 
 import io
+import itertools
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
 import rewards as R
@@ -53,8 +55,8 @@ def test_ocr_batch_equals_one_by_one_and_keeps_order(ocr):
 
 
 def test_ocr_refuses_what_it_cannot_score(ocr):
-    with pytest.raises(R.CannotScore, match="taller than wide"):
-        ocr(torch.ones(1, 3, 64, 32), ['red "CAT"'])
+    with pytest.raises(R.CannotScore, match="a picture of 16x512: it is too narrow"):
+        ocr(torch.ones(1, 3, 512, 16), ['red "CAT"'])
     with pytest.raises(R.CannotScore, match="quoted text"):
         ocr(torch.ones(1, 3, 32, 64), ["a red cat"])
 
@@ -335,7 +337,7 @@ def test_weights_of_prompts():
 
 
 def test_only_rewards_that_a_prompt_has_are_loaded(monkeypatch):
-    """--reward is not loaded where every prompt has others; a reward is checked on its own prompts, and tried on one."""
+    """--reward is not loaded where every prompt has others; a reward is checked and tried on its own prompts."""
     blank, prompts, asked = torch.ones(1, 3, 32, 64), ['red "CAT"', "a cat"], []
     monkeypatch.setitem(R.REWARDS, "mean", lambda setup: lambda x, p: asked.append(p) or x.mean((1, 2, 3)))
 
@@ -353,3 +355,158 @@ def test_only_rewards_that_a_prompt_has_are_loaded(monkeypatch):
         load("ocr", first="mean:1", second="mean:1")
     with pytest.raises(ValueError, match="the reward 'hpsv2' lacks"):
         load("", first="mean:1", second="")
+
+
+# --------------------------------------------------------------------------------------------- ocr: text anywhere
+def page(text, size, at=(40, 40), shape=(512, 512)):
+    """Black text on white, in Pillow's own font: (1, 3, H, W) in [0, 1]. `at` is the left upper corner, x and y."""
+    height, width = shape
+    paper = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(paper).multiline_text(at, text, "black", ImageFont.load_default(size), spacing=size // 4)
+    return torch.from_numpy(np.array(paper)).permute(2, 0, 1).float()[None] / 255
+
+
+@pytest.mark.parametrize(
+    "text, size, at, shape",
+    [
+        ("Spring Collection 2024", 36, (40, 230), (512, 512)),
+        ("Spring\nCollection 2024", 50, (40, 190), (512, 512)),
+        ("Forever\nYours", 105, (30, 120), (512, 512)),
+        ("Try Our\nNew Burger", 130, (60, 90), (512, 1024)),
+        ("Spring Collection 2024", 26, (20, 8), (48, 400)),
+        ("Spring Collection 2024", 22, (10, 2), (32, 300)),  # one line of text, as a whole
+        ("Forever\nYours", 40, (30, 300), (512, 256)),  # taller than wide
+    ],
+)
+def test_ocr_reads_text_anywhere(ocr, text, size, at, shape):
+    """Of other sizes, in other places, in one line and two."""
+    quoted = text.replace("\n", " ")
+    assert ocr(page(text, size, at, shape), [f'a sign that reads "{quoted}"']).item() > 0.9
+
+
+def test_ocr_reads_rows_from_left_to_right(ocr):
+    """In the upper row the right word hangs a little lower, and a row further down begins left of both."""
+    x = torch.minimum(page("Two", 60, (60, 60)), page("more", 60, (300, 72)))
+    x = torch.minimum(x, page("days", 60, (20, 200)))
+    assert R.normalise(ocr.read(x)[0]) == "twomoredays"
+    assert ocr(x, ['"Two more days"']).item() == 1
+
+
+def box(left, top, width, height, tilt=0):
+    """The corners of a box, its right end `tilt` pixels further down: (4, 2)."""
+    right, bottom = left + width, top + height
+    return np.array([[left, top], [right, top + tilt], [right, bottom + tilt], [left, bottom]], dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "boxes, order",
+    [
+        ([box(0, 0, 9, 9)], [0]),
+        ([box(100, 0, 60, 40), box(0, 60, 50, 40), box(0, 0, 90, 40)], [2, 0, 1]),
+        ([box(0, 0, 90, 40), box(0, 30, 90, 40)], [0, 1]),  # boxes of two rows may overlap
+        ([box(200, 100, 90, 100), box(0, 125, 190, 75)], [1, 0]),  # a capital beside small letters: middles 12.5 apart
+        ([box(50, 0, 20, 8), box(0, 9, 20, 8)], [0, 1]),  # small print: 10 pixels are more than a row
+        ([box(0, 40, 60, 30), box(100, 28, 60, 30), box(200, 16, 60, 30)], [0, 1, 2]),  # a line that rises
+        ([box(0, 20, 60, 30, -10), box(80, 4, 60, 30, -10)], [0, 1]),
+    ],
+)
+def test_reading_order(boxes, order):
+    assert R.reading_order(np.stack(boxes)) == order
+
+
+def test_reading_order_does_not_depend_on_the_order_of_boxes():
+    """Three rows of two words, given in every order."""
+    boxes = np.stack([box(100 * (i % 2), 50 * (i // 2), 80, 40) for i in range(6)])
+    for places in itertools.permutations(range(6)):
+        assert [places[i] for i in R.reading_order(boxes[list(places)])] == list(range(6))
+
+
+def test_one_line_is_a_matter_of_shape():
+    """Height and width: not above 32, the height of the embedded model's pictures, and not taller than wide."""
+    assert all(R.is_one_line(*shape) for shape in ((32, 64), (32, 400), (32, 32), (8, 8)))
+    assert not any(R.is_one_line(*shape) for shape in ((64, 64), (33, 400), (32, 31), (512, 1024), (64, 32)))
+
+
+def test_text_accuracy():
+    """Other writing is no mistake in a scene, and one on a single line; from as many edits as letters on it is 0."""
+    assert R.text_accuracy("cafeopen24hours", "open", True) == 1
+    assert R.text_accuracy("cats", "cat", True) == 1 and R.text_accuracy("cats", "cat", False) == pytest.approx(2 / 3)
+    assert R.text_accuracy("cut", "cat", True) == R.text_accuracy("cut", "cat", False) == pytest.approx(2 / 3)
+    assert R.text_accuracy("cafeoben24hours", "open", True) == 0 and R.text_accuracy("", "open", True) == 0
+
+
+def test_other_writing_in_a_scene_is_no_mistake(ocr):
+    """Wrong letters are."""
+    x = torch.minimum(page("Cafe", 40), page("OPEN", 60, (250, 300)))
+    assert ocr(x.repeat(2, 1, 1, 1), ['"Open"', '"Shut"']).tolist() == [1, 0]
+    assert ocr(page("OPEN", 60), ['"OVEN"']).item() == pytest.approx(3 / 4)
+    assert ocr(torch.ones(1, 3, 512, 512), ['"OPEN"']).item() == 0
+
+
+def test_the_score_of_a_scene_does_not_depend_on_the_batch(ocr):
+    """Lines of many lengths, which the recogniser would fill up to the longest one of the batch."""
+    x = torch.cat([page(text, 20, (10, 10), (96, 256)) for text in ("Go", "Spring Collection", "Wonderful\nGo")])
+    texts = ocr.read(x)
+    assert texts == [ocr.read(x[i : i + 1])[0] for i in range(3)]
+    assert texts[0] == "Go" and R.normalise(texts[2]) == "wonderfulgo"
+
+
+def test_the_detector_is_loaded_when_a_picture_needs_it():
+    reward = R.Ocr()
+    reward(picture("CAT"), ['"CAT"'])
+    assert reward.models.text_det is None
+    reward(torch.ones(1, 3, 64, 64), ['"CAT"'])
+    assert reward.models.text_det is not None
+    with pytest.raises(R.CannotScore, match="quoted text"):
+        reward(torch.ones(1, 3, 64, 64), ["a cat"])
+
+
+def test_lines_that_the_recogniser_is_unsure_of_are_dropped(ocr, monkeypatch):
+    """Of three lines, with 0.9, 0.49 and 0.5 of certainty."""
+    boxes = np.stack([box(0, 50 * i, 60, 40) for i in range(3)])
+    read = SimpleNamespace(txts=("one", "two", "three"), scores=(0.9, 0.49, 0.5))
+    monkeypatch.setattr(ocr, "models", SimpleNamespace(_load_det_model=lambda: lambda x: SimpleNamespace(boxes=boxes)))
+    monkeypatch.setattr(ocr, "recogniser", lambda lines: read)
+    assert ocr.read(torch.ones(1, 3, 160, 80)) == ["onethree"]
+
+
+def test_ocr_of_a_video(ocr):
+    """Its first, middle and last frame count: here the text is missing, right, and right."""
+    blank, right, wrong = (
+        torch.ones(1, 3, 256, 256),
+        page("OPEN", 60, shape=(256, 256)),
+        page("X", 60, shape=(256, 256)),
+    )
+    video = torch.stack([blank, wrong, right, wrong, right], 1)  # (1, 5, 3, 256, 256)
+    scores = R.score({"ocr": ocr}, torch.cat([video, video.flip(1)]), ['a shop "OPEN"'] * 2)
+    assert scores["ocr"].tolist() == pytest.approx([2 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize(
+    "prompt, text",
+    [
+        ("New York's 'OPEN' sign", "OPEN"),
+        ("the dogs' 'SIT'", "SIT"),
+        ("the dogs' bowl says 'SIT', the cat's 'STAY'", "SIT"),
+        ("It's a 'DON'T WALK' sign", "DON'T WALK"),
+        ("the dog’s ‘DON’T WALK’ sign, the cats’ ‘STAY’", "DON’T WALK"),
+        ("a note that reads 'Say \"YES\" now'", 'Say "YES" now'),
+        ('a note that reads “Say "YES" now”', 'Say "YES" now'),
+        ("a note that reads \"Don't say 'NO'\"", "Don't say 'NO'"),
+        ('two signs, "GO" on the left and "STOP" on the right', "GO"),
+        ("two signs, 'GO' and \"STOP\"", "GO"),
+        ("two signs, “GO” and “STOP”", "GO"),
+        ("„OFFEN“ und „ZU“", "OFFEN"),
+        ("une porte «OUVERT», une porte « FERMÉ »", "OUVERT"),
+        ("入口に「営業中」と「準備中」", "営業中"),
+    ],
+)
+def test_quotes(prompt, text):
+    """Of all kinds, and no apostrophe; of several texts the first one counts, as in Flow-GRPO."""
+    assert R.quoted_text(prompt) == text
+
+
+@pytest.mark.parametrize("prompt", ["the boys' and girls' club", "a dog's life, the cats’ life", '""', "a 12' pole"])
+def test_no_quotes(prompt):
+    with pytest.raises(R.CannotScore, match="quoted text"):
+        R.quoted_text(prompt)
