@@ -124,8 +124,9 @@ def edit_distance(a: str, b: str) -> int:
 
 
 # A picture up to this height, and not taller than wide, is one line of text: those of the embedded model are, 32 x 64.
-# In any other one the text may stand anywhere, and its lines are looked for first. To look for them is as good or better
-# at every height from 32 on, but takes 1.5 times as long at 32 x 64, and would change that model's figures (LAB.md).
+# In any other one the text may stand anywhere, and its lines are looked for first. At every height from 32 on, drawn
+# text is read at least as well in this way. But at 32 x 64 it takes 1.5 times as long, and would change the figures of
+# the embedded model (LAB.md).
 LINE_HEIGHT = 32  # pixels
 LONGEST_SIDE = 640  # pixels: larger pictures are shrunk to it when lines are looked for, not when they are read
 SURE = 0.5  # a line is dropped if the recogniser is less sure of it, of 1; PaddleOCR does so in Flow-GRPO

@@ -431,6 +431,24 @@ def test_the_report(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+def test_the_table_of_models():
+    """docs/gpu.md sets the image models side by side, with the figures that their plans print for 720 x 720."""
+    table = (HERE / "docs/gpu.md").read_text().split("\n| `--plan` | ")[1].split("\n\n")[0]
+    names, parameters, tokens, tflop, forwards, guidance, encoders = (
+        [cell.strip(" |`") for cell in row.split(" | ")[i > 0 :]] for i, row in enumerate(table.splitlines())
+    )
+    assert names == [name for name, arch in hardware.ARCHITECTURES.items() if not arch.video]
+    for column, name in enumerate(names):
+        arch, options = hardware.ARCHITECTURES[name], planned("--height 720 --width 720", name)
+        n, per_velocity = arch.tokens(options), hardware.forwards_per_velocity(options)
+        assert parameters[column] == f"{arch.parameters / 1e9:.2f}B" and tokens[column] == f"{n} + {arch.text}"
+        assert float(tflop[column]) == round(arch.flops(n, arch.text) * per_velocity / 1e12, 2)
+        assert int(forwards[column]) == per_velocity
+        assert guidance[column].startswith(f"{arch.guidance:g}")
+        assert (f"{arch.guidance_of_none} is none".replace(".0", "") in guidance[column]) == (per_velocity == 2)
+        assert encoders[column].split(",")[0] == next(iter(arch.frozen))
+
+
 def run_config(name: str, *argv, **environment) -> subprocess.CompletedProcess:
     """Run a script of configs/ with further flags, the last of which counts."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "NODES": "1", "HEAD": "localhost:29541"} | environment

