@@ -79,7 +79,7 @@ def sampled_frames(videos: Tensor, n: int = 3) -> Tensor:
 QUOTED = re.compile(  # a text in quotes, of any kind that people type
     r"""
       "([^"]+)" | “([^”]+)” | „([^“”]+)[“”] | «([^»]+)» | 「([^」]+)」
-    | ‘((?:[^’]|(?<=\w)’(?=\w))+)’(?!\w)           # ‘OPEN’ and ‘DON’T’
+    | ‘((?:[^’]|(?<=\w)’(?=\w))+)’(?!\w)          # ‘OPEN’ and ‘DON’T’
     | (?<!\w)'((?:[^']|(?<=\w)'(?=\w))+)'(?!\w)   # 'OPEN' and 'DON'T', but not the dog's and the dogs'
     """,
     re.VERBOSE,

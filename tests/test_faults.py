@@ -594,11 +594,11 @@ def test_a_reward_that_fails_is_named(monkeypatch, function, words):
 
 
 def test_rewards_that_nobody_asked_for_are_left_out():
-    """A single frame has no motion, and a tall picture no line of text; asked for, the message names the flag."""
+    """A single frame has no motion, and a narrow picture no text; asked for, the message names the flag."""
     prompts = ['a red circle moves left "CAT"']
     names, _ = rewards.load_rewards("colour:1", "auto", prompts, torch.ones(1, 1, 3, 32, 32))
     assert "colour" in names and "motion" not in names
-    names, _ = rewards.load_rewards("colour:1", "auto", prompts, torch.ones(1, 3, 64, 32))
+    names, _ = rewards.load_rewards("colour:1", "auto", prompts, torch.ones(1, 3, 512, 16))
     assert list(names) == ["colour"]
     with pytest.raises(rewards.CannotScore, match="--watch motion: this reward watches motion"):
         rewards.load_rewards("colour:1", "motion", prompts, torch.ones(1, 1, 3, 32, 32))
