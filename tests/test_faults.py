@@ -29,6 +29,7 @@ import report
 import rewards
 import train_image
 from branchgrpo import NonFinite
+from models import FluxPolicy
 from policy import Policy
 
 HERE = Path(__file__).parent.parent
@@ -130,7 +131,13 @@ def saving(out: Path, iteration: int, keep: int) -> SimpleNamespace:
     policy, optimizer = SimpleNamespace(trainable=lambda: [torch.ones(1)]), SimpleNamespace(state={})
     run = SimpleNamespace(out=out, iteration=iteration, accelerator=accelerator, policy=policy, optimizer=optimizer)
     vars(run).update(
-        ema=None, history=[], silent={}, identity="me", at=lambda place: None, args=SimpleNamespace(keep=keep)
+        ema=None,
+        scaler=None,
+        history=[],
+        silent={},
+        identity="me",
+        at=lambda place: None,
+        args=SimpleNamespace(keep=keep),
     )
     return run
 
@@ -437,7 +444,7 @@ def test_a_base_model_that_changed_in_place_is_noticed(capsys, tmp_path):
     model, out = tmp_path / "model", tmp_path / "a"
     shutil.copytree(HERE / "tiny/flux", model)
     run(capsys, "--model", model, "--iterations", 1, "--out", out)
-    policy = train_image.FluxPolicy.load(str(model), 32, 64)
+    policy = FluxPolicy.load(str(model), 32, 64)
     policy.transformer.proj_out.weight.data[0, 0] += 1
     policy.save(model)
     assert "are not those that the run began with" in refused(

@@ -60,18 +60,18 @@ def empty(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=BF16)
 
 
-def flux(double: int = 19, single: int = 38, height: int = 720, width: int = 720) -> tuple:
+def flux(double: int = 19, single: int = 38, height: int = 720, width: int = 720, text: int = 512) -> tuple:
     """FLUX.1-dev."""
     tokens = (height // 16) * (width // 16)
     with torch.device("meta"):
         model = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True).to(BF16)
-        inputs = {"hidden_states": empty(1, tokens, 64), "encoder_hidden_states": empty(1, 512, 4096)}
+        inputs = {"hidden_states": empty(1, tokens, 64), "encoder_hidden_states": empty(1, text, 4096)}
         inputs |= {"timestep": empty(1), "guidance": empty(1), "pooled_projections": empty(1, 768)}
-        inputs |= {"img_ids": torch.empty(tokens, 3), "txt_ids": torch.empty(512, 3)}
+        inputs |= {"img_ids": torch.empty(tokens, 3), "txt_ids": torch.empty(text, 3)}
     return model, inputs
 
 
-def sd3(dual: int = 13, other: int = 11, height: int = 720, width: int = 720) -> tuple:
+def sd3(dual: int = 13, other: int = 11, height: int = 720, width: int = 720, text: int = 333) -> tuple:
     """SD3.5-medium: blocks with a second attention, then blocks without; the last of these writes no text."""
     heads = {
         "num_attention_heads": 24,
@@ -83,36 +83,36 @@ def sd3(dual: int = 13, other: int = 11, height: int = 720, width: int = 720) ->
         blocks = {"num_layers": dual + other, "dual_attention_layers": tuple(range(dual))}
         model = SD3Transformer2DModel(**heads, **blocks).to(BF16)
         inputs = {"hidden_states": empty(1, 16, height // 8, width // 8), "timestep": empty(1)}
-        inputs |= {"encoder_hidden_states": empty(1, 333, 4096), "pooled_projections": empty(1, 2048)}
+        inputs |= {"encoder_hidden_states": empty(1, text, 4096), "pooled_projections": empty(1, 2048)}
     return model, inputs
 
 
-def flux2(double: int = 5, single: int = 20, height: int = 720, width: int = 720) -> tuple:
+def flux2(double: int = 5, single: int = 20, height: int = 720, width: int = 720, text: int = 512) -> tuple:
     """FLUX.2-klein-4B."""
     tokens = (height // 16) * (width // 16)
     size = {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
     with torch.device("meta"):
         model = Flux2Transformer2DModel(**size, num_layers=double, num_single_layers=single).to(BF16)
-        inputs = {"hidden_states": empty(1, tokens, 128), "encoder_hidden_states": empty(1, 512, 7680)}
-        inputs |= {"timestep": empty(1), "img_ids": torch.empty(tokens, 4), "txt_ids": torch.empty(512, 4)}
+        inputs = {"hidden_states": empty(1, tokens, 128), "encoder_hidden_states": empty(1, text, 7680)}
+        inputs |= {"timestep": empty(1), "img_ids": torch.empty(tokens, 4), "txt_ids": torch.empty(text, 4)}
     return model, inputs
 
 
-def z_image(refiners: int = 2, blocks: int = 30, height: int = 720, width: int = 720) -> tuple:
+def z_image(refiners: int = 2, blocks: int = 30, height: int = 720, width: int = 720, text: int = 512) -> tuple:
     """Z-Image: refiners of the picture, as many of the text, and blocks over both. Inputs are lists."""
     with torch.device("meta"):
         model = ZImageTransformer2DModel(n_refiner_layers=refiners, n_layers=blocks).to(BF16)
-        inputs = {"x": [empty(16, 1, height // 8, width // 8)], "t": empty(1), "cap_feats": [empty(512, 2560)]}
+        inputs = {"x": [empty(16, 1, height // 8, width // 8)], "t": empty(1), "cap_feats": [empty(text, 2560)]}
     return model, inputs
 
 
-def wan(blocks: int = 30, frames: int = 33, height: int = 480, width: int = 832) -> tuple:
+def wan(blocks: int = 30, frames: int = 33, height: int = 480, width: int = 832, text: int = 512) -> tuple:
     """Wan2.1-T2V-1.3B."""
     shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
     heads = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256, "text_dim": 4096}
     with torch.device("meta"):
         model = WanTransformer3DModel(**heads, num_layers=blocks).to(BF16)
-        inputs = {"hidden_states": empty(*shape), "timestep": empty(1), "encoder_hidden_states": empty(1, 512, 4096)}
+        inputs = {"hidden_states": empty(*shape), "timestep": empty(1), "encoder_hidden_states": empty(1, text, 4096)}
     return model, inputs
 
 
@@ -301,7 +301,7 @@ def test_activations_are_those_autograd_keeps(name, lora, monkeypatch):
     # At two lengths, whose difference has nothing in it that does not grow with the tokens.
     saved = []
     for tokens in (64, 128):
-        model, inputs = REAL[name](*blocks, height=128, width=2 * tokens)
+        model, inputs = REAL[name](*blocks, height=128, width=2 * tokens, text=32)
 
         # As policy.py has them: weights that are trained are float32, frozen ones bf16, latents float32, and norms
         # return the type that they are given.

@@ -666,6 +666,7 @@ def test_the_advantages_of_a_prompt_are_those_of_its_own_rewards(tmp_path, files
     assert all(torch.isfinite(a).all() for a in advantages) and advantages[-1].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_lacks_a_reward(tmp_path, capsys):
     """One prompt for each process, of different kinds: the same metrics as of one process, up to rounding."""
     kinds = {'red "CAT"': "ocr:1", 'blue "DOG"': "colour:1"}
@@ -688,6 +689,7 @@ def test_two_processes_of_which_one_lacks_a_reward(tmp_path, capsys):
             assert b[name] == pytest.approx(a[name], abs=0.02), name
 
 
+@pytest.mark.slow
 def test_a_run_with_rewards_of_prompts_resumes_bit_for_bit(capsys, tmp_path, files, monkeypatch):
     """Also with prompts that teach nothing drawn less often; with other rewards of the same prompts it is refused."""
     flags, iterate = [*files, "--prompts-per-iteration", 2, "--silent-prompts", 0.5], loop.iterate

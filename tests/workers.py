@@ -1,6 +1,7 @@
 """What test_parallel.py starts with torchrun: one iteration of each case; the main process writes its gradients.
 
 python tests/workers.py FOLDER [FLAGS]     # in as many processes as torchrun starts
+python tests/workers.py FOLDER --families [FLAGS]    # the cases of other models
 python tests/workers.py FOLDER --faults    # the second process meets faults, is slow, and is stopped
 """
 
@@ -39,6 +40,8 @@ CASES = {
     "endpoint": "--objective endpoint --splits 0,2",
     "elbo, without noise": "--objective elbo --method ode --noise-draws 1",
     "Wan, guided": "--video --guidance 2 --frames 5 --reward colour:1",
+}
+FAMILY_CASES = {  # on random checkpoints
     "SD3, guided": "--family sd3 --guidance 2",
     "FLUX.2, LoRA": "--family flux2 --guidance 1 --lora 2",
     "Z-Image, guided": "--family z_image --guidance 1",
@@ -144,9 +147,13 @@ def main() -> None:
         Path(folder, f"{Accelerator(cpu=True).process_index}.json").write_text(json.dumps(errors))
         hang()
         return
-    for name in families.FAMILIES:
-        random_checkpoint(name, folder)
-    for name, case in CASES.items():
+    cases = CASES
+    if "--families" in flags:
+        flags.remove("--families")
+        cases = FAMILY_CASES
+        for name in families.FAMILIES:
+            random_checkpoint(name, folder)
+    for name, case in cases.items():
         run = prepared_run(f"{case} {' '.join(flags)}", folder)
         gradients = gradients_of_an_iteration(run)
         if run.accelerator.is_main_process:
