@@ -249,7 +249,12 @@ def parser(description: str, video: bool = False) -> Parser:
         rate = number(float, 0, 100, above=True)  # a GIF counts in hundredths of a second
         g("--fps", type=rate, help="frames per second at which videos are written, and rated by VideoAlign")
     g("--guidance", type=NOT_NEGATIVE, help="scale as the model's pipeline counts it; 1 is none, for Z-Image 0")
-    g("--lora", type=FROM_ZERO, default=0, help="LoRA rank, alpha = 2 rank; 0 trains all weights (Flow-GRPO: 64)")
+    g(
+        "--lora",
+        type=FROM_ZERO,
+        default=0,
+        help="LoRA rank, alpha = 2 rank; 0 trains all weights (Flow-GRPO: 32 for SD3.5)",
+    )
     g(
         "--lora-from",
         metavar="LORA",
@@ -262,7 +267,8 @@ def parser(description: str, video: bool = False) -> Parser:
     add_memory_flags(group("memory"))
 
     g = group("plan")
-    g("--plan", metavar="ARCHITECTURE", help="flux1-dev or wan2.1-1.3b: only say what it costs; default: train")
+    planned = "wan2.1-1.3b" if video else "flux1-dev, sd3.5-medium, flux2-klein-4b or z-image"
+    g("--plan", metavar="ARCHITECTURE", help=f"{planned}: only say what it costs; default: train")
     g("--gpu", default="h100", help="of the plan: h100, h200, a100-80gb, l40s, rtx4090, rtx3090")
     g("--gpus", type=COUNT, default=1, help="of the plan")
     g("--utilisation", type=FRACTION, default=0.4, help="of the plan: fraction of the peak rate that is reached")
@@ -564,6 +570,8 @@ def check(args) -> None:
         raise ValueError("--lora-from goes with --lora RANK, the rank of that LoRA")
     if args.nf4 and not args.lora:
         raise ValueError("--nf4 freezes what it packs: give --lora, which is trained")
+    if args.dtype == "fp16" and is_embedded(args):
+        raise ValueError("--dtype fp16 is for Stable Diffusion 3: the embedded models take fp32 or bf16")
     if args.dtype == "fp16" and args.fsdp:
         raise ValueError("--dtype fp16 does not go with --fsdp: give bf16, which needs no scaling of the loss")
     if args.nf4 and args.fsdp:

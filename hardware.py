@@ -30,7 +30,19 @@ import numpy as np
 import torch
 
 import flags
+from models import (
+    VIDEO_MODELS,
+    Flux2Policy,
+    FluxPolicy,
+    SD3Policy,
+    WanPolicy,
+    ZImagePolicy,
+    check_frames,
+    check_options,
+    check_size,
+)
 from objectives import rows_per_prompt
+from policy import Policy
 from rewards import parse_weights
 from schedules import kept_edges, schedule_of
 from tree import count
@@ -53,12 +65,16 @@ class Architecture:
     block: int  # parameters of its largest block
     saved: tuple[int, int]  # bytes that autograd keeps per token, channel and block, bf16: all weights trained, a LoRA
     lora: int  # parameters of a LoRA of rank r are lora * r * width
-    guidance: float  # the usual --guidance
-    guidance_of_none: float | None  # the --guidance that asks for one forward per velocity; None: every one does
+    policy: type[Policy]  # the class of models.py, which knows its guidance and its range of numbers
     frozen: dict[str, int]  # parameters of the parts that are never trained
     encoding: int  # numbers that the widest text encoder holds per token of text, at most
     position_table: int = 0  # numbers of a table that the transformer looks places up in; not trained, split or packed
-    video: bool = False
+    distilled: bool = False  # does it need no guidance?
+
+    @property
+    def video(self) -> bool:
+        """Does train_video.py train it?"""
+        return self.policy in VIDEO_MODELS
 
 
 def block_flops(tokens: int, d: int, hidden: int, matrices: int = 2) -> float:
@@ -181,8 +197,7 @@ ARCHITECTURES = {
         block=339_831_296,
         saved=(63, 35),
         lora=19 * 16 + 38 * 6,
-        guidance=3.5,
-        guidance_of_none=None,
+        policy=FluxPolicy,
         frozen={"T5-XXL": 4_762_310_656, "CLIP-L": 123_060_480, "VAE": 83_819_683},
         encoding=58_368,
     ),
@@ -196,8 +211,7 @@ ARCHITECTURES = {
         block=101_506_944,
         saved=(94, 58),
         lora=23 * 16 + 14 + 13 * 8,
-        guidance=4.5,
-        guidance_of_none=1.0,
+        policy=SD3Policy,
         frozen={"T5-XXL": 4_762_310_656, "OpenCLIP-bigG": 694_659_840, "CLIP-L": 123_650_304, "VAE": 83_819_683},
         encoding=58_368,
         position_table=384 * 384 * 1536,
@@ -212,8 +226,8 @@ ARCHITECTURES = {
         block=245_367_296,
         saved=(68, 51),
         lora=5 * 16 + 20 * (10 + 5),
-        guidance=1.0,
-        guidance_of_none=None,
+        policy=Flux2Policy,
+        distilled=True,
         frozen={"Qwen3-4B": 4_022_468_096, "VAE": 84_046_115},
         encoding=262_016,
     ),
@@ -227,8 +241,7 @@ ARCHITECTURES = {
         block=180_910_336,
         saved=(108, 69),
         lora=34 * 8,
-        guidance=5.0,
-        guidance_of_none=0.0,
+        policy=ZImagePolicy,
         frozen={"Qwen3-4B": 4_022_468_096, "VAE": 83_819_683},
         encoding=200_457,
     ),
@@ -242,11 +255,9 @@ ARCHITECTURES = {
         block=46_440_704,
         saved=(92, 57),
         lora=30 * 16,
-        guidance=5.0,
-        guidance_of_none=1.0,
+        policy=WanPolicy,
         frozen={"UMT5-XXL": 5_680_910_336, "VAE": 126_892_531},
         encoding=91_392,
-        video=True,
     ),
 }
 GPUS = {  # dense bf16 FLOP/s and bytes of memory, from NVIDIA's data sheets; a driver may show up to 7 % more
@@ -274,6 +285,7 @@ METHODS = {
     "Mix, splits alone": ("--method branchgrpo-mix --mix 0", None, None),
     "Mix, splits alone, flash 4": ("--method branchgrpo-mix --mix 0 --flash 4", None, None),
 }
+T5_FLOAT32 = 24 * 10_240 * 4_096  # parameters of T5-XXL that transformers keeps in float32 where the rest is fp16
 CLIPS = {"hpsv2": 986e6, "pickscore": 986e6, "clip": 428e6, "aesthetic": 428e6}
 REWARDS = CLIPS | {"imagereward": 447e6, "videoalign": 2.3e9, "vlm": 3.75e9, "vlm-7b": 8.29e9}  # parameters
 
@@ -355,7 +367,9 @@ def forwards_per_velocity(args) -> int:
 
     FLUX.1-dev takes the scale as an input, and FLUX.2-klein was distilled from a guided model: neither needs a second.
     """
-    return 1 if ARCHITECTURES[args.plan].guidance_of_none in (None, args.guidance) else 2
+    arch = ARCHITECTURES[args.plan]
+    needs_none = arch.distilled or not arch.policy.classifier_free
+    return 1 if needs_none or args.guidance == arch.policy.guidance_of_none else 2
 
 
 def activations(args, gpus: int) -> float:
@@ -378,18 +392,20 @@ def activations(args, gpus: int) -> float:
     return one_block * arch.blocks
 
 
+def reward_models(args) -> dict[str, float]:
+    """Reward model -> its bytes. videoalign-vq and -mq are one model. The automatic watch takes none of them."""
+    watched = {} if args.watch == "auto" else parse_weights(args.watch, "--watch")
+    names = parse_weights(args.reward, "--reward") | watched
+    models = {name if name in REWARDS else name.partition("-")[0] for name in names}
+    return {name: (2 if args.reward_dtype == "bf16" else 4) * REWARDS[name] for name in models & REWARDS.keys()}
+
+
 def memory(args, gpus: int) -> dict[str, float]:
     """Bytes on each GPU, by component; `activations` are those of the largest call with gradient."""
     arch = ARCHITECTURES[args.plan]
     bytes_each = 4 if args.dtype == "fp32" else 2  # of a weight that computes
     pieces = gpus if args.fsdp else 1  # FSDP splits weights, gradients and moments; DDP copies them
     trained = args.lora * arch.lora * arch.width if args.lora else arch.parameters
-
-    # Reward models: one per name, so videoalign-vq and videoalign-mq are one. The automatic watch takes none of them.
-    watched = {} if args.watch == "auto" else parse_weights(args.watch, "--watch")
-    names = parse_weights(args.reward, "--reward") | watched
-    models = {name if name in REWARDS else name.partition("-")[0] for name in names}
-    reward_bytes = (2 if args.reward_dtype == "bf16" else 4) * sum(REWARDS.get(name, 0) for name in models)
 
     # What lies on the GPU all the time. NF4 takes 4 bits per weight, and a float32 scale per 64 weights: 4.5.
     frozen_bytes = 4.5 / 8 if args.nf4 else bytes_each
@@ -398,16 +414,19 @@ def memory(args, gpus: int) -> dict[str, float]:
         "weights, trained, fp32": 4 * trained / pieces,
         "reference weights": bytes_each * arch.parameters / pieces if args.kl and not args.lora else 0,
         "table of positions": bytes_each * arch.position_table,
-        "reward models": 0 if args.reward_offload else reward_bytes,
+        "reward models": 0 if args.reward_offload else sum(reward_models(args).values()),
     }
     for name, parameters in arch.frozen.items():
         bytes_of_part = 4 if name == "VAE" and arch.video else bytes_each  # Wan's VAE stays in float32
-        components[name] = 0 if args.text_offload and name != "VAE" else bytes_of_part * parameters
+        bytes_of_all = bytes_of_part * parameters + (2 * T5_FLOAT32 if (name, args.dtype) == ("T5-XXL", "fp16") else 0)
+        components[name] = 0 if args.text_offload and name != "VAE" else bytes_of_all
 
-    # What comes with the first update: - autocast casts each float32 weight to bf16 once per step and keeps the copy;
-    # FSDP gathers it in bf16 instead - FSDP holds the weights of the block that runs and of the next, the gradients of
-    # one, and their float32 sums - DDP copies gradients into buckets, which it sends - AdamW keeps two moments per
-    # weight, 8 bytes; its step is one kernel on CUDA, which needs nothing more
+    # What comes with the first update:
+    #
+    #     autocast casts each float32 weight to 16 bits once per step and keeps the copy; FSDP gathers it so instead
+    #     FSDP holds the weights of the block that runs and of the next, the gradients of one, and their float32 sums
+    #     DDP copies gradients into buckets, which it sends
+    #     AdamW keeps two moments per weight, 8 bytes; its step is one kernel on CUDA, which needs nothing more
     components |= {
         "weights cast to bf16 for a step": bytes_each * trained if bytes_each == 2 and not args.fsdp else 0,
         "two blocks gathered, one reduced": (2 * bytes_each + bytes_each + 4) * arch.block if args.fsdp else 0,
@@ -432,7 +451,24 @@ def memory_while_encoding(args, components: dict[str, float]) -> float:
 
     # The encoders' parameters, and what they make of 32 prompts at a time (policy.py).
     encoders = sum(n for name, n in arch.frozen.items() if name != "VAE") + 32 * arch.text * arch.encoding
-    return held + (4 if args.dtype == "fp32" else 2) * encoders
+    t5_apart = 2 * T5_FLOAT32 if args.dtype == "fp16" and "T5-XXL" in arch.frozen else 0
+    return held + (4 if args.dtype == "fp32" else 2) * encoders + t5_apart
+
+
+def memory_while_scoring(args, components: dict[str, float]) -> float:
+    """Bytes while --reward-offload's models are on the GPU, one at a time: the largest, and what stays between updates.
+
+    Args:
+        components: from `memory`.
+    """
+    of_updates = (
+        "weights cast to bf16 for a step",
+        "two blocks gathered, one reduced",
+        "gradients, fp32",
+        "activations",
+    )
+    held = sum(n for name, n in components.items() if name not in of_updates)
+    return held + max(reward_models(args).values(), default=0)
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -457,9 +493,15 @@ def parse(parser, argv: list[str] | None):
 def planned_values(args) -> dict[str, tuple[float, str]]:
     """What --guidance becomes where a plan's command does not give it: name -> value, and where it comes from.
 
-    It stands in for `models.checkpoint_values`, which would read the checkpoint.
+    It stands in for `models.checkpoint_values`, which would read the checkpoint, and refuses what that refuses.
     """
-    return {"guidance": (ARCHITECTURES[args.plan].guidance, f"usual for {args.plan}")}
+    arch = ARCHITECTURES[args.plan]
+    check_options(arch.policy, args, arch.distilled)
+    check_size(args.height, args.width, 16)
+    if arch.video:
+        check_frames(args.frames, 4)
+    usual = arch.policy.guidance_of_none if arch.distilled else arch.policy.usual_guidance
+    return {"guidance": (usual, f"usual for {args.plan}")}
 
 
 def variant(args, text: str):
@@ -537,7 +579,7 @@ def report(args) -> str:
     rows = method_rows(args, lambda b: seconds_per_forward * b, lambda b: factor * seconds_per_forward * b)
     lines = [
         f"{args.plan}: {arch.parameters / 1e9:.2f}B parameters, {tokens} tokens + {arch.text} of text,"
-        f" {tflop:.2f} TFLOP per forward{', with and without the prompt' * (forwards == 2)}",
+        f" {tflop:.2f} TFLOP per velocity{', two forwards, with and without the prompt' * (forwards == 2)}",
         f"{args.gpus} x {args.gpu}: {rate / 1e12:.0f} TFLOP/s, of which a fraction of {args.utilisation:g} is reached:"
         f" {seconds_per_forward:.3f} seconds per forward, {factor} times that with its backward",
         f"{args.prompts_per_iteration} prompts x {args.leaves} leaves per iteration; prompts per GPU: {prompts}",
@@ -584,5 +626,11 @@ def memory_lines(args) -> list[str]:
         encoding = memory_while_encoding(args, components)
         lines.append(f"{'(while prompts are encoded, before training':<44}{encoding / GIB:8.2f} GiB)")
         total = max(total, encoding)
+
+    # So it is with offloaded reward models, which come when nothing is trained.
+    if args.reward_offload:
+        scoring = memory_while_scoring(args, components)
+        lines.append(f"{'(while pictures are scored, by the largest model':<44}{scoring / GIB:8.2f} GiB)")
+        total = max(total, scoring)
     verdict = "fits" if total < 0.9 * size else "DOES NOT FIT"
     return [*lines, f"{f'at most, of {size / GIB:.1f} GiB':<44}{total / GIB:8.2f} GiB: {verdict}"]

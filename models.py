@@ -6,6 +6,7 @@ What a model must offer, on top of what `Policy` (policy.py) does for all of the
 2. text          prompts to conditioning, with the pipeline's own text encoders
 3. latents_of    from what the transformer sees to what the VAE decodes
 4. latent_shape, text_length, pixels    set in __init__
+5. token_side    the pixels that a token covers, from the configs alone: sizes are refused before anything is loaded
 
 How they differ, and where the values come from:
 
@@ -55,6 +56,19 @@ def check_size(height: int, width: int, multiple: int) -> None:
             raise ValueError(f"{flag} must be a positive multiple of {multiple}, got {size}")
 
 
+def check_frames(frames: int, frames_per_latent: int) -> None:
+    """Refuse a number of frames that the VAE cannot tile: one frame, and then so many for each further latent frame.
+
+    Args:
+        frames: of a video. frames_per_latent: 4 for Wan's VAE.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if frames < 1 or (frames - 1) % frames_per_latent:
+        raise ValueError(f"--frames must be a multiple of {frames_per_latent}, plus 1, got {frames}")
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 class ImagePolicy(Policy):
     """What the image models share: their size in pixels, latent positions and tokens.
@@ -93,6 +107,12 @@ class ImagePolicy(Policy):
         vae = self.pipe.vae.config
         return x / vae.scaling_factor + vae.shift_factor
 
+    @classmethod
+    def token_side(cls, model: str) -> int:
+        """Pixels along a side of a token, by the config of a checkpoint's VAE: a factor of 2 per level but the last."""
+        levels = AutoencoderKL.load_config(model, subfolder="vae")["block_out_channels"]
+        return cls.patch * 2 ** (len(levels) - 1)
+
     @staticmethod
     def log_shift(tokens: int, steps: int, config) -> float:
         """mu of a scheduler that shifts by size: linear in the number of tokens, between two that the config names.
@@ -129,12 +149,12 @@ class FluxPolicy(ImagePolicy):
     pipeline = "FluxPipeline"
     usual_guidance, guidance_source = 3.5, "FLUX.1-dev's model card"
 
+    # FLUX.1-dev was distilled from a model with classifier-free guidance: it takes the scale as an input, embedded like
+    # the time, and predicts the guided velocity itself. FLUX.1-schnell has no such input.
+    classifier_free = False
+
     def __init__(self, pipe: DiffusionPipeline, height: int, width: int, guidance: float = 3.5, **kwargs):
         super().__init__(pipe, height, width, guidance=guidance, **kwargs)
-
-        # FLUX.1-dev was distilled from a model with classifier-free guidance: it takes the scale as an input, embedded
-        # like the time, and predicts the guided velocity itself. FLUX.1-schnell has no such input.
-        self.guided = False
 
         # The transformer sees a list of tokens. Where each stands it reads from img_ids (tokens, 3), which are 0, row
         # and column, and turns them into rotary position embeddings. They are constants, alike for every row of a
@@ -238,22 +258,18 @@ class Flux2Policy(ImagePolicy):
     normalised with the running mean and variance of a batch norm, and the positions are put into one row, from top left
     to bottom right. Example: 32 x 64 pixels have the latent (32, 4, 8), then (128, 2, 4), then (8, 128).
 
-    The distilled checkpoints need no guidance: a scale is refused. The base ones take classifier-free guidance.
+    The distilled checkpoints need no guidance: a scale is refused (`check_options`). The base ones take classifier-free
+    guidance.
 
     Args:
         guidance: g of `Policy.velocity`; 1 is none.
         pipe, height, width, kwargs: of `ImagePolicy`.
-
-    Raises:
-        ValueError: if guidance is given to a distilled checkpoint.
     """
 
     pipeline = "Flux2KleinPipeline"
     usual_guidance = 4.0
 
     def __init__(self, pipe: DiffusionPipeline, height: int, width: int, guidance: float = 1.0, **kwargs):
-        if pipe.config.is_distilled and guidance != 1:
-            raise ValueError(f"--guidance must be 1 for this checkpoint, which was distilled from it; got {guidance}")
         super().__init__(pipe, height, width, guidance=guidance, **kwargs)
         self.latent_shape = (self.rows * self.columns, pipe.transformer.config.in_channels)  # (tokens, 128)
         self.text_length = min(512, pipe.tokenizer.model_max_length)
@@ -370,8 +386,7 @@ class WanPolicy(Policy):
         # 1. Refuse what does not fit, before anything is moved or split.
         patch, frames_per_latent = pipe.transformer.config.patch_size, pipe.vae_scale_factor_temporal
         check_size(height, width, pipe.vae_scale_factor_spatial * patch[1])
-        if frames < 1 or (frames - 1) % frames_per_latent:
-            raise ValueError(f"--frames must be a multiple of {frames_per_latent}, plus 1, for this VAE, got {frames}")
+        check_frames(frames, frames_per_latent)
         if pipe.transformer_2 is not None:
             raise ValueError("--model has a transformer for each noise range; only one can be trained here")
 
@@ -407,6 +422,17 @@ class WanPolicy(Policy):
         mean, std = (torch.tensor(values, device=x.device).view(1, -1, 1, 1, 1) for values in constants)
         return x * std + mean
 
+    @classmethod
+    def token_side(cls, model: str) -> int:
+        """Pixels along a side of a token, by a checkpoint's configs; where they are silent, 8 times 2."""
+        vae, transformer = (AutoencoderKL.load_config(model, subfolder=name) for name in ("vae", "transformer"))
+        return vae.get("scale_factor_spatial", 8) * transformer.get("patch_size", (1, 2, 2))[1]
+
+    @classmethod
+    def frames_per_latent(cls, model: str) -> int:
+        """Frames of a latent frame after the first, by the config of a checkpoint's VAE."""
+        return AutoencoderKL.load_config(model, subfolder="vae").get("scale_factor_temporal", 4)
+
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 IMAGE_MODELS = (FluxPolicy, SD3Policy, Flux2Policy, ZImagePolicy)
@@ -426,24 +452,52 @@ def policy_of(model: str, kinds: tuple[type[Policy], ...]) -> type[Policy]:
     return by_name[check_pipeline(model, *by_name)]
 
 
-def checkpoint_values(kind: type[Policy], args) -> dict[str, tuple[float, str]]:
-    """What a checkpoint says about options that are not given: name -> value, and where it comes from.
+def check_options(kind: type[Policy], args, distilled: bool) -> None:
+    """Refuse what a kind of model cannot do, before anything of it is loaded.
 
     Args:
-        kind: of `policy_of`. args: the options --model, --height, --width, --steps and --dtype, resolved.
+        kind: the model's class. args: the options --dtype and --guidance, which is None where it is not given.
+        distilled: was the checkpoint trained to need no guidance?
 
     Raises:
-        ValueError: if its configs cannot be read, or its numbers leave the range of --dtype fp16.
+        ValueError: if its activations leave the range of --dtype fp16; if a distilled checkpoint is given a guidance,
+            or another one less than none, at which a prompt would count for less than nothing.
     """
     if args.dtype == "fp16" and not kind.fits_fp16:
         fit = ", ".join(k.pipeline for k in (*IMAGE_MODELS, *VIDEO_MODELS) if k.fits_fp16)
         raise ValueError(f"--dtype fp16 is for {fit}: a {kind.pipeline} leaves its range, take bf16")
+
+    if not kind.classifier_free or args.guidance is None:
+        return
+    none, got = kind.guidance_of_none, f"got {args.guidance:g}"
+    if distilled and args.guidance != none:
+        raise ValueError(f"--guidance must be {none:g} or left out: this checkpoint is distilled and takes none; {got}")
+    if args.guidance < none:
+        raise ValueError(f"--guidance must be at least {none:g} for a {kind.pipeline}, which is none; {got}")
+
+
+def checkpoint_values(kind: type[Policy], args) -> dict[str, tuple[float, str]]:
+    """What a checkpoint says about options that are not given: name -> value, and where it comes from.
+
+    Args:
+        kind: of `policy_of`. args: the options, those of size, --steps and --dtype resolved.
+
+    Raises:
+        ValueError: if its configs cannot be read, or do not go with the options.
+    """
     try:
         index = DiffusionPipeline.load_config(args.model)
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(args.model, subfolder="scheduler")
-        shift = shift_of(kind, args, scheduler)
+        token_side = kind.token_side(args.model)
+        frames_per_latent = kind.frames_per_latent(args.model) if hasattr(args, "frames") else 1
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise cannot_be_loaded(args.model, error) from error
+
+    check_options(kind, args, bool(index.get("is_distilled")))
+    check_size(args.height, args.width, token_side)
+    if hasattr(args, "frames"):
+        check_frames(args.frames, frames_per_latent)
+    shift = shift_of(kind, args, scheduler, token_side)
 
     # A distilled model has its guidance within. FLUX.2-klein's index says so, of Z-Image-Turbo and SD3.5-large-turbo
     # nothing but the name does.
@@ -455,20 +509,17 @@ def checkpoint_values(kind: type[Policy], args) -> dict[str, tuple[float, str]]:
     return {"shift": (shift, "its scheduler"), "guidance": guidance}
 
 
-def shift_of(kind: type[Policy], args, config: dict) -> float:
+def shift_of(kind: type[Policy], args, config: dict, token_side: int = 16) -> float:
     """The shift s of the noise levels, sigma' = s sigma / (1 + (s - 1) sigma), as the checkpoint's scheduler has it.
 
     A scheduler has a constant shift, or one that grows with the size of the picture: s = exp(mu), where mu depends on
     the tokens. FLUX.1-dev at 720 x 720 has 2025 tokens, mu = 0.80 and s = 2.22.
 
     Args:
-        kind, args: see `checkpoint_values`. config: the scheduler's.
+        kind, args: see `checkpoint_values`. config: the scheduler's. token_side: pixels along a side of a token.
     """
     if not config.get("use_dynamic_shifting"):
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
 
-    # Tokens from the VAE's config: its factor is 2 for every level but the last.
-    levels = AutoencoderKL.load_config(args.model, subfolder="vae")["block_out_channels"]
-    token_side = kind.patch * 2 ** (len(levels) - 1)
     mu = kind.log_shift((args.height // token_side) * (args.width // token_side), args.steps, config)
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)

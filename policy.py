@@ -14,7 +14,7 @@ A policy wraps a diffusers pipeline: frozen text encoders, a trained transformer
 what all models share. A model (models.py) is a subclass that says in its own way what is left to say:
 
     predict(x, sigma, cond) -> v       one call of the transformer, from which `velocity` makes guidance
-    text(prompts) -> cond              one call of the text encoders, from which `embed` makes the empty prompt's too
+    text(prompts) -> cond              one call of the text encoders, which `encode` remembers
     latents_of(x) -> z                 from what the transformer sees to what the VAE decodes, which `decode` does
     latent_shape, text_length, pixels  set in __init__
 
@@ -97,6 +97,7 @@ class Policy:
     latent_shape: tuple[int, ...]  # of one x, without the batch
     text_length: int  # tokens that a prompt is padded or cut to
     pixels: int  # of one picture, or of all frames of a video
+    classifier_free = True  # is guidance a second velocity, without the prompt? FLUX.1 takes the scale as an input
     guidance_of_none = 1.0  # the scale that switches classifier-free guidance off, by the pipeline's own convention
     fits_fp16 = False  # do its activations stay within the range of fp16, whose largest number is 65,504?
 
@@ -145,21 +146,6 @@ class Policy:
             return pictures.transpose(1, 2) if pictures.ndim == 5 else pictures  # (b, 3, F, H, W): frames first
 
         return on_the_cpu(pictures_of, x, max(1, PIXELS_PER_DECODE // self.pixels))
-
-    def embed(self, prompts: list[str]) -> Cond:
-        """Run the text encoders; with guidance, for the empty prompt too. Callers use `encode`, which remembers.
-
-        The empty prompt is the same in every row. A copy in each keeps one rule for all tensors of a `Cond`: the first
-        dimension is the prompts.
-
-        Returns:
-            What `text` returns, and with guidance the same under the names empty_....
-        """
-        cond = self.text(prompts)
-        if self.guided:
-            empty = self.text([""])
-            cond |= {f"empty_{name}": value.expand(len(prompts), *value.shape[1:]) for name, value in empty.items()}
-        return cond
 
     def predict(self, x: Tensor, sigma: Tensor, cond: Cond, reference: bool) -> Tensor:
         """The velocity that the transformer predicts, without guidance from outside. A model defines it, by `call`.
@@ -223,7 +209,7 @@ class Policy:
         text_cache: str | None = None,
     ):
         self.pipe, self.device, self.autocast, self.lora = pipe, torch.device(device), autocast, lora
-        self.guidance, self.guided = guidance, guidance != self.guidance_of_none  # a model may know better
+        self.guidance, self.guided = guidance, self.classifier_free and guidance != self.guidance_of_none
         self.transformer = pipe.transformer
         self.fingerprint = hashlib.sha256("".join(samples(pipe.transformer) + samples(pipe.vae)).encode()).hexdigest()
         pipe.set_progress_bar_config(disable=True)
@@ -315,22 +301,33 @@ class Policy:
         """Text to conditioning. Each prompt is encoded once, with text_cache once for all runs.
 
         Returns:
-            A dict of tensors (P, ...) on the device, in the order of the P prompts.
+            A dict of tensors (P, ...) on the device, in the order of the P prompts: what `text` returns, and with
+            guidance the same of the empty prompt, under the names empty_....
         """
         self.remember(prompts)
-        rows = [load_file(self.cached(p)) if self.text_cache else self._encoded[p] for p in prompts]
-        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+        def stacked(texts: list[str]) -> Cond:
+            rows = [load_file(self.cached(text)) if self.text_cache else self._encoded[text] for text in texts]
+            return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+        # The empty prompt is the same in every row. It is repeated without copying it, so that one rule holds for all
+        # tensors of a `Cond`: the first dimension is the prompts.
+        cond = stacked(prompts)
+        if self.guided:
+            empty = stacked([""])
+            cond |= {f"empty_{name}": value.expand(len(prompts), *value.shape[1:]) for name, value in empty.items()}
+        return cond
 
     @torch.no_grad()
     def remember(self, prompts: list[str]) -> None:
-        """Encode the prompts that were never encoded, into memory or text_cache.
+        """Encode the prompts that were never encoded, into memory or text_cache; with guidance, the empty one too.
 
         With text_offload the encoders visit the device for it. A run that calls this once with all of its prompts,
         before it trains, never needs the encoders again.
         """
         # The prompts without an encoding, each once, in their order. A file that cannot be read counts as none.
         known = (lambda p: readable(self.cached(p))) if self.text_cache else self._encoded.__contains__
-        new = [p for p in dict.fromkeys(prompts) if not known(p)]
+        new = [p for p in dict.fromkeys([*prompts, ""] if self.guided else prompts) if not known(p)]
         if not new:
             return
 
@@ -344,7 +341,7 @@ class Policy:
         # prompts in other ways.
         for start in tqdm(range(0, len(new), 32), desc="prompts", file=sys.stderr, disable=len(new) < 256):
             batch = new[start : start + 32]
-            cond = {name: value.cpu() for name, value in self.embed(batch).items()}
+            cond = {name: value.cpu() for name, value in self.text(batch).items()}
             for i, prompt in enumerate(batch):
                 row = {name: value[i].clone() for name, value in cond.items()}
                 if self.text_cache:
@@ -362,11 +359,11 @@ class Policy:
 
     @cached_property
     def encoders(self) -> str:
-        """A fingerprint of the encoders: class, length, guidance, and about sixteen values of each of their weights.
+        """A fingerprint of the encoders: class, length, and about sixteen values of each of their weights.
 
         Two checkpoints may then share one text_cache. A hash of every weight would take minutes for T5's 4.8 billion.
         """
-        words = [type(self).__name__, str(self.text_length), "empty_" if self.guided else "False"]
+        words = [type(self).__name__, str(self.text_length)]
         for name, encoder in sorted(self.pipe.components.items()):
             if name.startswith("text_encoder") and encoder:
                 words += samples(encoder)
@@ -505,9 +502,18 @@ def check_pipeline(model: str, *names: str) -> str:
 
 
 def cannot_be_loaded(model: str, error: Exception) -> ValueError:
-    """What to raise for a library's error: it is long, and its first line says enough."""
+    """What to raise for a library's error: it is long, and its first line says enough of a folder.
+
+    Of a hub id it says one thing for several causes, "no valid model identifier" where a licence is to be accepted
+    and "no file named model_index.json" where the network is down. So all of them are asked for.
+    """
+    if not Path(model).exists() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        return ValueError(f"--model {model}: there is no such folder")
+
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return ValueError(f"--model {model} cannot be loaded: {lines[0]}")
+    causes = f"is the name right, its licence accepted on https://huggingface.co/{model}, `hf auth login` done, and the"
+    hint = "" if Path(model).exists() else f"; {causes} hub within reach?"
+    return ValueError(f"--model {model} cannot be loaded: {lines[0]}{hint}")
 
 
 def load_pipeline(model: str, pipeline_class: type, dtype: torch.dtype, nf4: bool = False) -> DiffusionPipeline:

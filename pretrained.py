@@ -122,7 +122,7 @@ class Setup:
 
     def __post_init__(self):
         if "{prompt}" not in self.question or re.search(TOKEN, self.question):
-            rule = "must hold {prompt}, the place of the prompt, and no token written <|so|>"
+            rule = "must hold {prompt}, the place of the prompt, and none of Qwen's tokens, such as <|im_end|>"
             raise ValueError(f"--reward-question {rule}; got {self.question!r}")
 
 

@@ -321,9 +321,13 @@ def rewards_of(args, records: list[tuple[str, str | None]]) -> dict[str, str] | 
         return None
 
     # A name that is misspelt, or a file of plain prompts, would train silently with --reward alone.
-    files = " or ".join(path for path in (args.prompts, args.eval_prompts) if path) or "the embedded prompts"
+    paths = [path for path in (args.prompts, args.eval_prompts) if path]
+    files = " or ".join(paths) or "the embedded prompts"
     if all(text is None for _, text in records):
+        rows = [row for path in paths for row in rows_of(path, args.prompt_column) if isinstance(row, dict)]
+        fields = ", ".join(dict.fromkeys(str(name) for row in rows for name in row))
         needed = 'it takes a file of records, such as {"prompt": ..., "rewards": "ocr:1"} in .jsonl'
+        needed = f"only {fields}" if fields else needed
         raise ValueError(f"--reward-column {args.reward_column}: nothing in {files} has this field; {needed}")
 
     # Without the field or with an empty one, a prompt takes --reward: "" stands for either.

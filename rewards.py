@@ -594,11 +594,12 @@ def load_rewards(
     flag = "--reward-column" if own else "--reward"
     flags = {name: f"{flag if name in optimised else '--watch'} {name}" for name in names}
     for name in names:
-        try:
-            for prompt in asked[name]:
+        for prompt in asked[name]:
+            try:
                 CHECKS.get(name, str)(prompt)
-        except CannotScore as error:
-            raise CannotScore(f"{flags[name]}: {error}") from error
+            except CannotScore as error:  # a reward may be of some prompts and be watched on all others
+                cause = f"--watch {name}" if own and not own[prompt][name] else flags[name]
+                raise CannotScore(f"{cause}: {error}") from error
     for name in names:
         weight_files(name, setup)
 

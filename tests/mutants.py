@@ -132,6 +132,7 @@ MUTANTS = [
     ("policy", "return v_empty + scale * (", "return v_prompt + scale * ("),
     ("policy", "self.guidance + 1 - self.guidance_of_none", "self.guidance"),
     ("policy", 'cond |= {f"empty_{name}": value.expand', 'cond |= {f"empty_{name}": cond[name].expand'),
+    ("models", "if args.guidance < none:", "if args.guidance < 0:"),
     ("policy", "(torch.nn.RMSNorm, RMSNorm)", "torch.nn.RMSNorm"),
     ("models", "return x * std + mean", "return (x + mean) * std"),
     ("models", "x / vae.scaling_factor + vae.shift_factor", "x / vae.scaling_factor"),
@@ -168,7 +169,7 @@ MUTANTS = [
     ("hardware", "return 2 * weights * tokens + 4 * tokens**2 * d", "return 2 * weights * tokens + 2 * tokens**2 * d"),
     ("hardware", "(block_flops(tokens, d, 8960) + to_text)", "block_flops(tokens, d, 8960) + to_text"),
     ("hardware", " - 2 * 9 * d**2 * text", ""),
-    ("hardware", "guidance_of_none in (None, args.guidance)", "guidance_of_none in (None, args.guidance, 1)"),
+    ("hardware", "args.guidance == arch.policy.guidance_of_none", "args.guidance in (1, arch.policy.guidance_of_none)"),
     (
         "hardware",
         '"reference weights", "table of positions", "reward models")',

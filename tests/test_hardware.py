@@ -267,7 +267,7 @@ def saved_bytes(model, inputs) -> list[int]:
         address = x.untyped_storage().data_ptr()
         if running and address not in weights:
             kept.setdefault(address, (running[0], x.untyped_storage().nbytes()))
-        return x
+        return address  # instead of x, which no backward asks for
 
     blocks = blocks_of(model)
     for i, block in enumerate(blocks):
@@ -275,6 +275,7 @@ def saved_bytes(model, inputs) -> list[int]:
         block.register_forward_hook(lambda m, inputs, output: running.clear())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", BF16):
         model(**inputs)
+    alive.clear()  # the graph knows `pack`, which knows `alive`, which knows the graph: it would never be freed
     return [sum(n for j, n in kept.values() if j == i) for i in range(len(blocks))]
 
 
@@ -376,13 +377,29 @@ def test_sd3_by_hand():
     held = parts["weights, frozen"] + parts["weights, trained, fp32"] + parts["table of positions"] + parts["VAE"]
     encoders = 4_762_310_656 + 694_659_840 + 123_650_304
     encoding = hardware.memory_while_encoding(planned(f"{options} 1", "sd3.5-medium"), parts)
-    assert encoding == held + 2 * (encoders + 32 * 333 * 58_368)
+    t5_apart = 2 * 24 * 10_240 * 4_096  # fp16: transformers keeps the last layer of each feed-forward in float32
+    assert encoding == held + 2 * (encoders + 32 * 333 * 58_368) + t5_apart
+    assert parts["T5-XXL"] == 2 * 4_762_310_656 + t5_apart
+
+
+def test_offloaded_reward_models_come_one_at_a_time(capsys):
+    """While pictures are scored: the largest of them, and what no update needs. --plan asks whether that fits, too."""
+    flags = "--dtype bf16 --lora 32 --reward pickscore,vlm-7b --watch clip --reward-dtype bf16 --reward-offload"
+    args = planned(f"{flags} --text-offload --micro-batch 1 --height 512 --width 512", "sd3.5-medium")
+    parts = hardware.memory(args, 1)
+    stay = ["weights, frozen", "weights, trained, fp32", "table of positions", "VAE", "EMA, fp32"]
+    stay += ["AdamW's two moments, fp32"]
+    assert parts["reward models"] == 0
+    assert hardware.memory_while_scoring(args, parts) == sum(parts[name] for name in stay) + 2 * 8.29e9
+    args.gpu = "rtx4090"
+    lines = hardware.memory_lines(args)
+    assert "while pictures are scored" in lines[-2] and "DOES NOT FIT" in lines[-1]
 
 
 GUIDANCE = [  # --plan, what --guidance becomes, forwards per velocity with it, another scale, forwards with that
     ("flux1-dev", 3.5, 1, 1, 1),
     ("sd3.5-medium", 4.5, 2, 1, 1),
-    ("flux2-klein-4b", 1, 1, 4, 1),
+    ("flux2-klein-4b", 1, 1, 1, 1),
     ("z-image", 5, 2, 0, 1),
     ("wan2.1-1.3b", 5, 2, 1, 1),
 ]
@@ -427,7 +444,7 @@ def test_the_report(capsys):
     shared = "--dtype bf16 --lora 64 --micro-batch 1"
     train_image.main(f"--plan flux1-dev --gpu h100 {shared} --gradient-checkpointing".split())
     text = capsys.readouterr().out
-    assert "11.90B parameters, 2025 tokens" in text and "37.28 TFLOP per forward" in text and "fits" in text
+    assert "11.90B parameters, 2025 tokens" in text and "37.28 TFLOP per velocity" in text and "fits" in text
     for name in hardware.METHODS:
         assert name.replace("splits alone", "noise at the splits only") in text
     train_video.main(f"--plan wan2.1-1.3b --gpu rtx4090 {shared}".split())
@@ -447,8 +464,8 @@ def test_the_table_of_models():
         assert parameters[column] == f"{arch.parameters / 1e9:.2f}B" and tokens[column] == f"{n} + {arch.text}"
         assert float(tflop[column]) == round(arch.flops(n, arch.text) * per_velocity / 1e12, 2)
         assert int(forwards[column]) == per_velocity
-        assert guidance[column].startswith(f"{arch.guidance:g}")
-        assert (f"{arch.guidance_of_none} is none".replace(".0", "") in guidance[column]) == (per_velocity == 2)
+        assert guidance[column].startswith(f"{options.guidance:g}")
+        assert (f"{arch.policy.guidance_of_none:g} is none" in guidance[column]) == (per_velocity == 2)
         assert encoders[column].split(",")[0] == next(iter(arch.frozen))
 
 
@@ -563,6 +580,11 @@ BAD = [
     ("image", "--plan wan2.1-1.3b", "train_video.py"),
     ("video", "--plan flux1-dev", "train_image.py"),
     ("image", "--plan flux1-dev --gpus 3", "multiple of --gpus"),
+    ("image", "--plan flux1-dev --dtype fp16", "--dtype fp16 is for StableDiffusion3Pipeline"),
+    ("image", "--plan flux2-klein-4b --guidance 4", "--guidance must be 1 or left out"),
+    ("image", "--plan sd3.5-medium --guidance 0", "--guidance must be at least 1"),
+    ("image", "--plan z-image --height 500", "--height must be a positive multiple of 16, got 500"),
+    ("video", "--plan wan2.1-1.3b --frames 16", "--frames must be a multiple of 4, plus 1, got 16"),
 ]
 
 

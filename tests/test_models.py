@@ -24,6 +24,8 @@ import models
 import train_image
 from branchgrpo import Sampler, sample_ode, update
 from models import IMAGE_MODELS, Flux2Policy, SD3Policy, ZImagePolicy, checkpoint_values, policy_of
+from pretrained import FILES
+from rewards import parse_weights
 from sde import sigma_schedule
 
 PROMPTS = ['red "CAT"', "a photo of two bears, one of them asleep", ""]
@@ -45,8 +47,10 @@ def noise_for(policy, n: int, seed: int = 1):
     return torch.randn(n, *policy.latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def options(folder, height=32, width=64, steps=4, dtype="fp32"):
-    return SimpleNamespace(model=str(folder), height=height, width=width, steps=steps, dtype=dtype)
+def options(folder, height=32, width=64, steps=4, dtype="fp32", guidance=None):
+    """Options as `flags.resolve` has them when it asks the checkpoint."""
+    sizes = {"height": height, "width": width, "steps": steps}
+    return SimpleNamespace(model=str(folder), dtype=dtype, guidance=guidance, **sizes)
 
 
 def pipelines_pictures(folder, noise, policy, steps: int, guidance: float, sigmas=True):
@@ -117,6 +121,18 @@ def test_rows_do_not_see_one_another(folders, family):
         alone = [policy.velocity(x[i : i + 1], sigma[i : i + 1], policy.encode(PROMPTS[i : i + 1])) for i in range(3)]
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+def test_the_empty_prompt_is_encoded_once(folders, tmp_path):
+    """A file for each prompt and one for the empty one, in which no other is repeated; without guidance the same."""
+    guided = load(folders["sd3"], "sd3", guidance=2.0, text_cache=str(tmp_path))
+    cond = guided.encode(PROMPTS[:2])
+    assert cond["empty_states"].shape == cond["states"].shape and cond["empty_states"].stride(0) == 0
+    assert len(list(tmp_path.iterdir())) == 2 + 1
+    plain = load(folders["sd3"], "sd3", guidance=1.0, text_cache=str(tmp_path))
+    again = plain.encode(PROMPTS[:2])
+    assert torch.equal(again["states"], cond["states"]) and again.keys() < cond.keys()
+    assert len(list(tmp_path.iterdir())) == 2 + 1
 
 
 @FAMILIES
@@ -299,6 +315,7 @@ def test_flux_1_devs_shift_at_720(tmp_path):
     """2025 tokens: mu = 0.5 + (2025 - 256) / (4096 - 256) (1.15 - 0.5) = 0.799, s = 2.224."""
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text(json.dumps({"block_out_channels": [128, 256, 512, 512]}))
+    assert models.FluxPolicy.token_side(str(tmp_path)) == 16
     args = options(tmp_path, 720, 720, 20)
     assert models.shift_of(models.FluxPolicy, args, {"use_dynamic_shifting": True}) == pytest.approx(2.2243, abs=1e-4)
     linear = {"use_dynamic_shifting": True, "time_shift_type": "linear"}  # mu itself is the shift
@@ -309,13 +326,55 @@ def test_flux_1_devs_shift_at_720(tmp_path):
 def test_distilled_flux2_takes_no_guidance(tmp_path):
     folder = families.saved("flux2", tmp_path, distilled=True)
     assert checkpoint_values(Flux2Policy, options(folder))["guidance"] == (1.0, "its model_index.json: distilled")
-    with pytest.raises(ValueError, match="--guidance must be 1 for this checkpoint"):
-        load(folder, "flux2", guidance=4.0)
+    with pytest.raises(ValueError, match="--guidance must be 1 or left out: this checkpoint is distilled.*got 4"):
+        checkpoint_values(Flux2Policy, options(folder, guidance=4.0))
     policy = load(folder, "flux2")
     noise = noise_for(policy, 3)
     theirs, sigmas = pipelines_pictures(folder, noise, policy, 4, 4.0)  # which ignores the scale
     ours = sample_ode(policy, policy.encode(PROMPTS), Sampler(sigmas.double(), "dance", 0.3), noise)
     assert (policy.decode(ours) - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "family, wrong, words",
+    [
+        (
+            "sd3",
+            {"guidance": 0.0},
+            "--guidance must be at least 1 for a StableDiffusion3Pipeline, which is none; got 0",
+        ),
+        ("flux2", {"guidance": 0.5}, "--guidance must be at least 1 for a Flux2KleinPipeline"),
+        ("z_image", {"height": 40}, "--height must be a positive multiple of 16, got 40"),
+        ("sd3", {"width": 24}, "--width must be a positive multiple of 16, got 24"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(folders, family, wrong, words):
+    """The configs are enough to know it. Below 1 the prompt would count for less than nothing; Z-Image's 0 is none."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        checkpoint_values(KINDS[family], options(folders[family], **wrong))
+    checkpoint_values(ZImagePolicy, options(folders["z_image"], guidance=0.0))
+
+
+def test_wans_sizes_are_refused_before_it_is_loaded():
+    wan = flags.HERE / "tiny/wan"
+    for sizes, words in (((32, 32, 8), "--frames must be a multiple of 4, plus 1"), ((24, 32, 9), "--height")):
+        args = options(wan, *sizes[:2])
+        args.frames = sizes[2]
+        with pytest.raises(ValueError, match=words):
+            checkpoint_values(models.WanPolicy, args)
+
+
+def test_why_a_checkpoint_is_not_there(monkeypatch):
+    """A folder that does not exist is one; of a hub id there are four causes, and the library's sentence names none."""
+    with pytest.raises(ValueError, match="^--model /data/sd35: there is no such folder$"):
+        policy_of("/data/sd35", IMAGE_MODELS)
+
+    def gated(*_):
+        raise OSError("x/y is not a local folder and is not a valid model identifier\nlisted on the hub")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", gated)
+    with pytest.raises(ValueError, match="valid model identifier; is the name right, its licence accepted on .*x/y"):
+        policy_of("x/y", IMAGE_MODELS)
 
 
 def test_sd3_knows_only_so_many_places(folders):
@@ -375,7 +434,16 @@ def test_stable_diffusion_35_on_one_card(folders, tmp_path, capsys, monkeypatch)
     """The commands of docs/models.md in their order, from the plan on, with a small checkpoint for the large one."""
     text = (flags.HERE / "docs/models.md").read_text()
     commands = [line.split()[2:] for line in text.splitlines() if line.startswith("sh configs/sd3_lora_24gb.sh")]
-    assert len(commands) == 5 and commands[-1][:2] == ["--guidance", "1"]
+
+    # What the commands load of rewards is what the page downloads.
+    for words in commands[1:]:
+        planned = words_of_config("sd3_lora_24gb.sh", tmp_path, *words, "--plan", "sd3.5-medium")[1:]
+        args = train_image.job(planned)[0]
+        assert args.watch == "auto"
+        names = parse_weights(args.reward)
+        for repository, file in (pair for name in names for pair in FILES[name]):
+            assert f"hf download {repository} " in text and f" {file}" in text, (repository, file)
+    assert len(commands) == 5 and commands[-1][2:4] == ["--guidance", "1"]
     small = f"--model {folders['sd3']} --prompts tiny/prompts_train.txt --height 32 --width 32 --steps 4 --leaves 4"
     small += " --reward jpeg --watch auto --eval-size 2 --prompts-per-iteration 2 --micro-batch 0 --device cpu"
     small += f" --dtype fp32 --save-every 1 --text-cache {tmp_path / 'text'}"

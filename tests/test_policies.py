@@ -351,11 +351,11 @@ def test_a_text_cache_outlives_the_policy_and_knows_its_encoders(folder, tmp_pat
     """A second policy encodes only what the first has not; one with other encoders shares nothing with them."""
     expected = load(folder).encode(PROMPTS)
     load(folder, text_cache=str(tmp_path)).encode(PROMPTS[:2])
-    second, embedded = load(folder, text_cache=str(tmp_path)), []
-    embed = second.embed
-    monkeypatch.setattr(second, "embed", lambda prompts: embedded.append(prompts) or embed(prompts))
+    second, encoded = load(folder, text_cache=str(tmp_path)), []
+    text = second.text
+    monkeypatch.setattr(second, "text", lambda prompts: encoded.append(prompts) or text(prompts))
     cond = second.encode(PROMPTS)
-    assert embedded == [PROMPTS[2:]] and all(torch.equal(cond[k], expected[k]) for k in expected)
+    assert encoded == [PROMPTS[2:]] and all(torch.equal(cond[k], expected[k]) for k in expected)
 
     # One weight differs, as in another checkpoint.
     other = load(folder, text_cache=str(tmp_path))

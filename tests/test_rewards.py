@@ -353,6 +353,8 @@ def test_only_rewards_that_a_prompt_has_are_loaded(monkeypatch):
         load("", first="mean:1", second="ocr:1")
     with pytest.raises(R.CannotScore, match="--watch ocr: the ocr reward needs a quoted text"):
         load("ocr", first="mean:1", second="mean:1")
+    with pytest.raises(R.CannotScore, match="--watch ocr: the ocr reward needs a quoted text.*'a cat' has none"):
+        load("ocr", first="ocr:1", second="mean:1")
     with pytest.raises(ValueError, match="the reward 'hpsv2' lacks"):
         load("", first="mean:1", second="")
 

@@ -369,6 +369,7 @@ BAD = [
     ("--watch aesthetic", "hf download openai/clip-vit-large-patch14"),
     ("--height 33", "multiple of 16"),
     ("--model nowhere/at-all", "--model nowhere/at-all"),
+    ("--dtype fp16", "the embedded models take fp32 or bf16"),
     ("--eta 0", "above 0"),
     ("--sde cps --eta 1.2", "between 0 and 1"),
     ("--lr nan", "--lr"),
