@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from workers import CASES, FAMILY_CASES, gradients_of_an_iteration, prepared_run
+from workers import CASES, FAMILY_CASES, KINDS, gradients_of_an_iteration, prepared_run
 
 import parallel
 import train_image
@@ -43,28 +43,42 @@ def gradients_of_one(tmp_path_factory):
     return {name: gradients_of_an_iteration(prepared_run(case, folder)) for name, case in CASES.items()}
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("flags", ["", "--fsdp"])
-def test_gradients_are_those_of_one_process(gradients_of_one, tmp_path, processes, flags):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder to which two processes wrote gradients and errors, and what they wrote to stderr."""
+    folder = tmp_path_factory.mktemp("two")
+    done = start("tests/workers.py", folder, "--faults", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_one_process(gradients_of_one, two_processes, kind):
     """The difference of all gradients together is less than 0.00001 of their length."""
-    compare_gradients(gradients_of_one, tmp_path, processes, flags.split(), 1e-5)
+    compare_gradients(gradients_of_one, two_processes[0], kind, 1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--fsdp"])
-def test_gradients_of_other_models_are_those_of_one_process(tmp_path, flags):
+def test_gradients_of_four_processes_are_those_of_one(gradients_of_one, tmp_path):
+    assert start("tests/workers.py", tmp_path, processes=4).returncode == 0
+    for kind in KINDS:
+        compare_gradients(gradients_of_one, tmp_path, kind, 1e-5)
+
+
+@pytest.mark.slow
+def test_gradients_of_other_models_are_those_of_one_process(tmp_path):
     """Untrained decoders make rewards that hardly differ, so their last bits count for more: 0.00002."""
     folder = str(tmp_path / "one")
     one = {name: gradients_of_an_iteration(prepared_run(case, folder)) for name, case in FAMILY_CASES.items()}
-    compare_gradients(one, tmp_path, 2, ["--families", *flags.split()], 2e-5)
+    assert start("tests/workers.py", tmp_path, "--families", processes=2).returncode == 0
+    for kind in KINDS:
+        compare_gradients(one, tmp_path, kind, 2e-5)
 
 
-def compare_gradients(of_one: dict, folder: Path, processes: int, flags: list[str], limit: float) -> None:
-    """The gradients that workers.py writes into the folder are those of one process."""
-    done = start("tests/workers.py", folder, *flags, processes=processes)
-    assert done.returncode == 0, done.stderr[-2000:]
+def compare_gradients(of_one: dict, folder: Path, kind: str, limit: float) -> None:
+    """The gradients that workers.py wrote into the folder are those of one process."""
     for case, expected in of_one.items():
-        gradients = load_file(folder / f"{case}.safetensors")
+        gradients = load_file(folder / f"{kind}, {case}.safetensors")
         assert gradients.keys() == expected.keys()
         difference = sum(float((gradients[k] - expected[k]).double().square().sum()) for k in expected) ** 0.5
         length = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
@@ -72,12 +86,10 @@ def compare_gradients(of_one: dict, folder: Path, processes: int, flags: list[st
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory):
-    """Two processes of which the second meets faults: what each raised, by case, and what they wrote to stderr."""
-    folder = tmp_path_factory.mktemp("faults")
-    done = start("tests/workers.py", folder, "--faults", processes=2)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], done.stderr
+def faults(two_processes):
+    """What each of two processes raised of which the second met faults, by case, and what they wrote to stderr."""
+    folder, err = two_processes
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], err
 
 
 @pytest.mark.parametrize(
@@ -148,9 +160,10 @@ def test_a_checkpoint_names_averages_as_their_weights(tmp_path):
     assert all(torch.equal(state["ema"][name], weight) for name, weight in state["model"].items())
 
 
-def test_fsdp_needs_processes():
-    done = start("train_image.py", "--fsdp", "--device", "cpu")
-    assert done.returncode == 2 and "torchrun" in done.stderr
+def test_fsdp_needs_processes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_image.main(["--fsdp", "--device", "cpu"])
+    assert stop.value.code == 2 and "torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.slow

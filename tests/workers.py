@@ -1,8 +1,8 @@
 """What test_parallel.py starts with torchrun: one iteration of each case; the main process writes its gradients.
 
-python tests/workers.py FOLDER [FLAGS]     # in as many processes as torchrun starts
-python tests/workers.py FOLDER --families [FLAGS]    # the cases of other models
-python tests/workers.py FOLDER --faults    # the second process meets faults, is slow, and is stopped
+python tests/workers.py FOLDER               # in as many processes as torchrun starts, by DDP and then by FSDP2
+python tests/workers.py FOLDER --families    # the cases of other models
+python tests/workers.py FOLDER --faults      # and then the second process meets faults, is slow, and is stopped
 """
 
 import json
@@ -46,6 +46,7 @@ FAMILY_CASES = {  # on random checkpoints
     "FLUX.2, LoRA": "--family flux2 --guidance 1 --lora 2",
     "Z-Image, guided": "--family z_image --guidance 1",
 }
+KINDS = {"DDP": "", "FSDP": "--fsdp"}
 FAMILY = "--reward colour:1 --height 32 --width 32 --dtype fp32 --eta 0.7"
 
 
@@ -142,22 +143,21 @@ def hang() -> None:
 def main() -> None:
     """See above."""
     folder, *flags = sys.argv[1:]
-    if flags == ["--faults"]:
+    cases = FAMILY_CASES if "--families" in flags else CASES
+    for name in families.FAMILIES if "--families" in flags else ():
+        random_checkpoint(name, folder)
+
+    for kind, added in KINDS.items():
+        for name, case in cases.items():
+            run = prepared_run(f"{case} {added}", folder)
+            gradients = gradients_of_an_iteration(run)
+            if run.accelerator.is_main_process:
+                save_file(gradients, Path(folder) / f"{kind}, {name}.safetensors")
+
+    if "--faults" in flags:
         errors = errors_of(folder)
         Path(folder, f"{Accelerator(cpu=True).process_index}.json").write_text(json.dumps(errors))
         hang()
-        return
-    cases = CASES
-    if "--families" in flags:
-        flags.remove("--families")
-        cases = FAMILY_CASES
-        for name in families.FAMILIES:
-            random_checkpoint(name, folder)
-    for name, case in cases.items():
-        run = prepared_run(f"{case} {' '.join(flags)}", folder)
-        gradients = gradients_of_an_iteration(run)
-        if run.accelerator.is_main_process:
-            save_file(gradients, Path(folder) / f"{name}.safetensors")
 
 
 if __name__ == "__main__":
