@@ -226,7 +226,7 @@ def test_two_processes_give_the_rows_of_one(finished, tmp_path):
 @pytest.mark.parametrize("dtype, limit", [("fp32", 1e-6), ("bf16", 1e-4)])
 def test_ratio_on_the_full_tree(capsys, tmp_path, dtype, limit):
     """The fully stochastic tree, trained in other batches than it was rolled out in: the first pass has ratio 1."""
-    flags = ["--method", "branchgrpo", "--leaves", 16, "--steps", 6, "--iterations", 1, "--micro-batch", 24]
+    flags = ["--method", "branchgrpo", "--leaves", 16, "--steps", 8, "--iterations", 1, "--micro-batch", 24]
     flags += ["--dtype", dtype]
     run(capsys, *flags, "--out", tmp_path / "a")
     assert rows(tmp_path / "a")[1]["ratio_dev"] < limit
