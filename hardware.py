@@ -392,6 +392,14 @@ def activations(args, gpus: int) -> float:
     return one_block * arch.blocks
 
 
+def frozen_part(args, name: str) -> float:
+    """Bytes of a text encoder or VAE. Wan's VAE stays in float32, and so does a part of T5 where the rest is fp16."""
+    arch = ARCHITECTURES[args.plan]
+    in_float32 = args.dtype == "fp32" or (name == "VAE" and arch.video)
+    apart = 2 * T5_FLOAT32 if (name, args.dtype) == ("T5-XXL", "fp16") else 0
+    return (4 if in_float32 else 2) * arch.frozen[name] + apart
+
+
 def reward_models(args) -> dict[str, float]:
     """Reward model -> its bytes. videoalign-vq and -mq are one model. The automatic watch takes none of them."""
     watched = {} if args.watch == "auto" else parse_weights(args.watch, "--watch")
@@ -416,10 +424,8 @@ def memory(args, gpus: int) -> dict[str, float]:
         "table of positions": bytes_each * arch.position_table,
         "reward models": 0 if args.reward_offload else sum(reward_models(args).values()),
     }
-    for name, parameters in arch.frozen.items():
-        bytes_of_part = 4 if name == "VAE" and arch.video else bytes_each  # Wan's VAE stays in float32
-        bytes_of_all = bytes_of_part * parameters + (2 * T5_FLOAT32 if (name, args.dtype) == ("T5-XXL", "fp16") else 0)
-        components[name] = 0 if args.text_offload and name != "VAE" else bytes_of_all
+    for name in arch.frozen:
+        components[name] = 0 if args.text_offload and name != "VAE" else frozen_part(args, name)
 
     # What comes with the first update:
     #
@@ -450,9 +456,8 @@ def memory_while_encoding(args, components: dict[str, float]) -> float:
     held = sum(components[name] for name in (*early, "VAE"))
 
     # The encoders' parameters, and what they make of 32 prompts at a time (policy.py).
-    encoders = sum(n for name, n in arch.frozen.items() if name != "VAE") + 32 * arch.text * arch.encoding
-    t5_apart = 2 * T5_FLOAT32 if args.dtype == "fp16" and "T5-XXL" in arch.frozen else 0
-    return held + (4 if args.dtype == "fp32" else 2) * encoders + t5_apart
+    encoders = sum(frozen_part(args, name) for name in arch.frozen if name != "VAE")
+    return held + encoders + (4 if args.dtype == "fp32" else 2) * 32 * arch.text * arch.encoding
 
 
 def memory_while_scoring(args, components: dict[str, float]) -> float:

@@ -343,7 +343,11 @@ REFUSED_REWARDS = {  # what it is -> training records, held-out records, words o
         None,
         "--reward-column rewards: nothing in .*a.jsonl has this field; it takes a file",
     ),
-    "no record has it": ([{"prompt": "a"}], [{"prompt": "b", "text": 1}], "has this field; only prompt, text"),
+    "no record has it": (
+        [{"prompt": "a"}],
+        [{"prompt": "b", "text": 1}],
+        "nothing in .*a.jsonl or .*b.jsonl has this field; only prompt, text",
+    ),
     "a list": ([{"prompt": "a", "rewards": ["ocr"]}], None, "a.jsonl: the column 'rewards' holds lists, not text"),
     "two sets": (
         [{"prompt": "a", "rewards": "ocr:1"}, {"prompt": "a ", "rewards": "jpeg:1"}],
