@@ -8,12 +8,13 @@ Metric      Time is the seconds of rollout, training and optimiser, measured alo
             budget is that of --iterations iterations of DanceGRPO. For each seed: the held-out reward (mean of the last
             three evaluations) at the end of the budget; the same when decoding and rewards are counted too; the
             fraction of the budget until the reward first reaches DanceGRPO's final reward, and two thirds of its gain.
+            An arm that stops early keeps its last reward from then on.
 Rule        Same leaves, same prompts per iteration, one optimiser step per iteration, a rate that falls to 0 over the
             budget. Every arm takes as many iterations as fit into the budget. The kind of step is the one that
             alignment.py chose for that arm, from twelve; arms that it does not have take that of the nearest one. The
-            learning rate is chosen here, for this budget: a third of it, on prompts that tuning does not train on and
-            the test does not hold, with a seed that the test does not have. The median over seeds and the value of
-            each seed are reported; a seed that never reaches the mark is "not reached". Rewards are told apart where
+            learning rate is chosen here, for this budget: after a third of it (after all of it, if an arm stops early),
+            on prompts that tuning does not train on and the test does not hold, with a seed that the test does not
+            have. The median over seeds and the value of each seed are reported; a seed that never reaches the mark is "not reached". Rewards are told apart where
             the interval of their paired difference excludes 0.
 
     python bench/equal_time.py           # 3 hours on 2 cores; resumes where it was stopped
@@ -59,9 +60,16 @@ ARMS = {
     "nft, tree": f"{TREE} --objective nft",
 }
 
+# Arms that stop early, with a rate that is 0 by then: name -> the arm whose flags they have, fraction of the budget.
+SHORTER = {
+    "endpoint, star, a tenth of the time": ("endpoint, star at a random step", 1 / 10),
+    "endpoint, star, a fifteenth of the time": ("endpoint, star at a random step", 1 / 15),
+}
+ARMS |= {arm: ARMS[whole] for arm, (whole, _) in SHORTER.items()}
+
 # Those that are compared unless others are asked for: a baseline of each kind, each objective on its cheapest forest.
 USUAL = ("MixGRPO", "BranchGRPO", "Mix, noise at the splits, flash", "endpoint, tree")
-USUAL += ("endpoint, star at a random step", "elbo, ODE", "nft, ODE")
+USUAL += ("endpoint, star at a random step", "elbo, ODE", "nft, ODE", *SHORTER)
 
 # The figure shows these, where they were measured: arm -> index into common.COLOURS, line style, marker.
 PANEL = {
@@ -70,6 +78,7 @@ PANEL = {
     "Mix, noise at the splits, flash": (1, (0, (6, 1, 1, 1, 1, 1)), "D"),
     "endpoint, star at a random step": (2, "--", "s"),
     "nft, ODE": (3, ":", "v"),
+    "endpoint, star, a tenth of the time": (4, "-", "*"),
 }
 
 
@@ -99,19 +108,22 @@ def seconds_alone(arms: list[str], args) -> dict[str, dict[str, float]]:
 
 
 def horizons(seconds: dict[str, dict[str, float]], iterations: int) -> dict[str, int]:
-    """Iterations that fit into the budget, the rollout and training time of DanceGRPO's `iterations`."""
+    """Iterations that fit into the rollout and training time of DanceGRPO's `iterations`, or into a fraction of it."""
     budget = iterations * seconds["DanceGRPO"]["policy"]
-    return {arm: max(1, int(budget / row["policy"])) for arm, row in seconds.items()}
+    fraction = {arm: SHORTER[arm][1] if arm in SHORTER else 1 for arm in seconds}
+    return {arm: max(1, int(fraction[arm] * budget / row["policy"])) for arm, row in seconds.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- tuning
 def tune(arm: str, n: int, args, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
-    """The best learning rate of an arm after a third of its n iterations, on the tuning prompts.
+    """The best learning rate of an arm after a third of its n iterations, or after all if it stops early.
+
+    Trials train and are evaluated on the tuning prompts.
 
     Returns:
         "lr", "iterations" of each trial, and "trials": (rate, reward), the reward None for one that diverged.
     """
-    length = max(1, n // 3)
+    length = n if arm in SHORTER else max(1, n // 3)
     files = f"--prompts {args.out / 'tune_train.txt'} --eval-prompts {args.out / 'tune_heldout.txt'}"
 
     def reward_with(lr: float) -> float | None:
@@ -233,7 +245,9 @@ def main() -> None:
 
     # DanceGRPO is always there, and first: its time is the budget.
     arms = list(dict.fromkeys(["DanceGRPO", *(ARMS if "all" in args.arms else args.arms)]))
-    seconds = common.kept(args, "equal_time", f"seconds of {', '.join(arms)}", lambda: seconds_alone(arms, args))
+    timed = list(dict.fromkeys(SHORTER[arm][0] if arm in SHORTER else arm for arm in arms))
+    seconds = common.kept(args, "equal_time", f"seconds of {', '.join(timed)}", lambda: seconds_alone(timed, args))
+    seconds |= {arm: seconds[SHORTER[arm][0]] for arm in arms if arm in SHORTER}
     n = horizons(seconds, args.iterations)
     for arm in arms:
         print(f"{arm:<34}{seconds[arm]['policy']:8.3f} s per iteration, {n[arm]} iterations", flush=True)

@@ -335,7 +335,8 @@ def test_halving_ends_with_one():
 def test_equal_time_by_hand():
     """An arm at half of DanceGRPO's seconds makes twice its iterations in the budget; marks and rewards by hand."""
     seconds = {"DanceGRPO": {"policy": 2.0, "all": 3.0}, "cheap": {"policy": 1.0, "all": 2.0}}
-    assert equal_time.horizons(seconds, 10) == {"DanceGRPO": 10, "cheap": 20}
+    tenth = "endpoint, star, a tenth of the time"
+    assert equal_time.horizons(seconds | {tenth: seconds["cheap"]}, 10) == {"DanceGRPO": 10, "cheap": 20, tenth: 2}
 
     def rows(rewards, every):
         first, *later = [{"iteration": i * every, "heldout_reward": r} for i, r in enumerate(rewards)]
