@@ -1,6 +1,6 @@
 # make demo   trains the embedded model and shows that it improved
 # make test   runs the tests;  make mutants  plants faults and expects the tests to notice each
-# make bench  measures RESULTS.md but for its video section (6 hours);  make bench-smoke  the same in seconds
+# make bench  measures RESULTS.md but for a few sections (8 hours);  make bench-smoke  the same in seconds
 # make notebook  runs docs/branchgrpo.ipynb from the top, and keeps its outputs (a minute)
 # make gpu    measures this machine's GPU in 8 minutes, with nothing downloaded, into bench/results/gpu_CARD.json;
 #             make gpu ARGS=--dry-run  walks the same code on the CPU, small

@@ -1,7 +1,7 @@
 """Runs every benchmark in turn at its documented size, or with --smoke in seconds; a finished one is not repeated.
 
-python bench/run.py           # what `make bench` runs: under 6 hours on 2 cores; stop it and start it again as you like
-python bench/run.py --video   # the comparison of video methods too, one more hour
+python bench/run.py           # what `make bench` runs: under 8 hours on 2 cores; stop it and start it again as you like
+python bench/run.py --all     # pictures after equal updates, spread and video too: 6 more hours
 python bench/run.py --smoke   # what `make bench-smoke` runs
 """
 
@@ -20,13 +20,21 @@ HOURS = {  # `NAME flags` -> hours on 2 cores; each has the machine alone, and t
     "timing": 0.4,
     "overhead": 0.2,
     "evaluate --train '--iterations 200'": 0.1,
-    "gradient": 0.6,
+    "early": 0.2,
+    "gradient": 0.9,
     "diversity": 0.35,
     "scaling": 0.45,
     "ablation": 0.9,
+    "speedrun": 1.2,
+    "equal_time": 3.2,
+}
+MORE = {  # the same of those that --all adds
     "alignment": 2.2,
+    "spread": 1.0,
     "alignment --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4"
     " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 1.1,
+    "equal_time --video --seeds 3 --arms 'Mix, noise at the splits, flash' 'endpoint, star at a random step'"
+    " 'nft, ODE'": 1.5,
 }
 
 
@@ -34,7 +42,7 @@ def run_one(name: str, smoke: bool) -> bool:
     """Run a benchmark, unless its result is there and was measured by the same command and code; say whether it failed.
 
     Args:
-        name: a key of HOURS.
+        name: a key of HOURS or MORE.
         smoke: run it in seconds, always, and without its output.
     """
     script, *flags = shlex.split(name)
@@ -60,18 +68,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--smoke", action="store_true", help="each in seconds, into runs/smoke")
-    only.add_argument("--video", action="store_true", help="the video methods too, which have no smoke run")
+    only.add_argument("--all", action="store_true", help="those of MORE too")
     args = parser.parse_args()
     (ROOT / "runs/bench").mkdir(parents=True, exist_ok=True)
 
-    # One that fails does not keep the others from running.
-    names, failed = [n for n in HOURS if args.video or "--video" not in n], []
-    with tqdm(total=round(sum(HOURS[n] for n in names), 2), unit="h", desc="benchmarks", file=sys.stderr) as bar:
-        for name in names:
+    # A comparison of videos has no smoke run. One that fails does not keep the others from running.
+    hours, failed = HOURS | (MORE if args.all or args.smoke else {}), []
+    hours = {name: h for name, h in hours.items() if not args.smoke or "--video" not in name}
+    with tqdm(total=round(sum(hours.values()), 2), unit="h", desc="benchmarks", file=sys.stderr) as bar:
+        for name in hours:
             bar.set_postfix_str(shlex.split(name)[0] + "_video" * ("--video" in name))
             if run_one(name, args.smoke):
                 failed.append(name)
-            bar.update(HOURS[name])
+            bar.update(hours[name])
 
     if not args.smoke:
         subprocess.run([sys.executable, str(ROOT / "bench/results.py")], check=True)
