@@ -12,10 +12,10 @@ Metric      Time is the seconds of rollout, training and optimiser, measured alo
 Rule        Same leaves, same prompts per iteration, one optimiser step per iteration, a rate that falls to 0 over the
             budget. Every arm takes as many iterations as fit into the budget. The kind of step is the one that
             alignment.py chose for that arm, from twelve; arms that it does not have take that of the nearest one. The
-            learning rate is chosen here, for this budget: after a third of it (after all of it, if an arm stops early),
-            on prompts that tuning does not train on and the test does not hold, with a seed that the test does not
-            have. The median over seeds and the value of each seed are reported; a seed that never reaches the mark is "not reached". Rewards are told apart where
-            the interval of their paired difference excludes 0.
+            learning rate is chosen here, for this budget: after a third of it (after all of it, if an arm stops
+            early), on prompts that tuning does not train on and the test does not hold, with a seed that the test does
+            not have. The median over seeds and the value of each seed are reported; a seed that never reaches the mark
+            is "not reached". Rewards are told apart where the interval of their paired difference excludes 0.
 
     python bench/equal_time.py           # 3 hours on 2 cores; resumes where it was stopped
     python bench/equal_time.py --arms all
