@@ -147,6 +147,7 @@ def host_of(x: torch.Tensor) -> torch.Tensor:
 
 # -------------------------------------------------------------------------------------------------------- one operator
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+EAGER = {aten._conj.default: aten.conj_physical.default, aten._neg_view.default: aten.neg.default}
 SCALARS = {aten.where.self, aten.clamp.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}  # beside arithmetic
 
 
@@ -244,7 +245,9 @@ def execute(operator, args, kwargs):
     if (generator := kwargs.get("generator")) is not None:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device}'")
 
-    # 2. Run it. What draws random numbers takes the device's, which are not the CPU's.
+    # 2. Run it. What draws random numbers takes the device's, which are not the CPU's. A conjugate is computed at once:
+    # torch would only mark the host, and below autograd such marks are not read any more.
+    operator = EAGER.get(operator, operator)
     if device is not None and not leaves_device:
         kwargs = kwargs | {"device": CPU}
     host_args = exchanged(args, host_of)

@@ -343,6 +343,19 @@ def rule_everything_that_waits_is_counted(torch, fakegpu):
     fakegpu.project = ROOT
 
 
+def rule_complex_numbers_have_gradients(torch, fakegpu):
+    turn = torch.polar(torch.ones(3), torch.arange(3.0))
+
+    def gradient(device):
+        x = torch.ones(3, 2, device=device, requires_grad=True)
+        turned = torch.view_as_real(torch.view_as_complex(x) * turn.to(device))
+        (turned * torch.arange(6.0, device=device).view(3, 2)).sum().backward()
+        return x.grad.cpu()
+
+    assert torch.equal(gradient("fakegpu"), gradient("cpu"))
+    assert torch.equal(turn.to("fakegpu").conj().imag.cpu(), turn.conj().imag)
+
+
 def rule_what_it_cannot_do_is_said(torch, fakegpu):
     a = torch.zeros(2, 3, device="fakegpu")
     for change in (lambda: a.resize_(7), lambda: a.unsqueeze_(0), lambda: torch.arange(9.0, out=a)):
@@ -356,7 +369,8 @@ RULES = [name for name in dict(globals()) if name.startswith("rule_")]
 # -------------------------------------------------------------------------------------------------------------- 2. runs
 SMALL = "--steps 5 --leaves 4 --prompts-per-iteration 2 --eval-size 4 --iterations 2 --device cpu"
 SCORERS = "--reward hpsv2,pickscore,clip:0.1,aesthetic,imagereward --reward-mix advantage --reward-weights WEIGHTS"
-RUNS = {  # name -> flags beside SMALL; WEIGHTS and CACHE are folders; --video takes train_video.py
+OTHER = "--prompts tiny/prompts_train.txt --reward jpeg --height 32 --width 64 --method branchgrpo --dtype fp32"
+RUNS = {  # name -> flags beside SMALL; WEIGHTS, CACHE, FAMILY-... are folders; --video takes train_video.py
     "branchgrpo": "--method branchgrpo",
     "branchgrpo-mix": "--method branchgrpo-mix --mix 1",
     "dancegrpo": "--method dancegrpo",
@@ -404,6 +418,9 @@ RUNS = {  # name -> flags beside SMALL; WEIGHTS and CACHE are folders; --video t
     "scorers": f"{SCORERS} --iterations 1",
     "scorers, offload": f"{SCORERS} --reward-offload --reward-dtype bf16 --reward-batch 3",
     "videoalign": "--video --reward videoalign --reward-weights WEIGHTS --reward-offload --frames 9",
+    "SD3": f"--model FAMILY-sd3 {OTHER} --guidance 2 --kl 0.1",
+    "FLUX.2": f"--model FAMILY-flux2 {OTHER} --guidance 2 --lora 4 --gradient-checkpointing",
+    "Z-Image": f"--model FAMILY-z_image {OTHER} --guidance 2 --micro-batch 3 --text-offload --text-cache CACHE",
 }
 BUG: dict[str, str] = {}  # case -> why it fails: a fault of the project that is not mended yet
 WHOLE = "--ema 0.9 --lora 4 --kl 0.1 --save-every 1 --eval-every 1 --method branchgrpo"  # flags of whole runs
@@ -432,8 +449,9 @@ def prepared(flags: str, device: str, folder: str):
     """A Run at iteration 0 on a device."""
     script = module("train_video" if "--video" in flags else "train_image")
     flags = f"{SMALL} {flags}".replace("--video", "").replace("CACHE", folder)
-    words = flags.replace("WEIGHTS", str(weights()) if "WEIGHTS" in flags else "")
-    args, *rest = script.job([*words.split(), "--out", f"{folder}/run"])
+    words = flags.replace("WEIGHTS", str(weights()) if "WEIGHTS" in flags else "").split()
+    words = [family(word) if word.startswith("FAMILY-") else word for word in words]
+    args, *rest = script.job([*words, "--out", f"{folder}/run"])
     return module("launch").prepare(args, accelerator(device), *rest)
 
 
@@ -451,6 +469,16 @@ def weights() -> Path:
         compare.reduce_architectures(folder)
     module("pretrained").try_to_load_from_cache = lambda *_: None  # whatever this machine's cache holds
     return folder
+
+
+def family(word: str) -> str:
+    """The folder of a family's small random checkpoint, FAMILY-sd3 for example, written once."""
+    folder = Path(os.environ["DEVICE_TEST_FOLDER"]) / word
+    if not folder.exists():
+        import families
+
+        families.saved(word.removeprefix("FAMILY-"), folder)
+    return str(folder)
 
 
 def steady(row: dict) -> dict:
