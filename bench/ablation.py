@@ -11,6 +11,10 @@ Rule        A change counts where Student's 95 % interval of the paired differen
             together. There is one learning rate for all arms.
 
     python bench/ablation.py             # 55 minutes on 2 cores
+    python bench/ablation.py --adaptive --seeds 5 --iterations 112
+
+The second command compares what adapts during a run with its fixed counterpart, in 50 minutes, and writes
+adaptive.json. It trains on 128 prompts, so that each is drawn often enough to be known as one that teaches nothing.
 """
 
 import common
@@ -56,13 +60,26 @@ GROUPS = {
     "what is noisy": {"splits alone": MIX, "splits and a window": "--method branchgrpo-mix --mix 2", "all": ALL},
 }
 
+# The same for --adaptive. The reward ocr alone takes few values, so that all leaves of a prompt may score alike.
+ADAPTIVE = {
+    "splits and edges": {
+        "fixed": MIX,
+        "splits where they explain most": MIX + "--splits auto",
+        "half of the edges, the largest": MIX + "--size-prune 0.5",
+    },
+    "prompts, rewarded by ocr alone": {
+        "all alike": MIX + "--reward ocr",
+        "a quarter of those that teach nothing": MIX + "--reward ocr --silent-prompts 0.25",
+    },
+}
+
 
 def minus_first_arm(groups: dict, outcomes: dict, seeds: int) -> dict:
-    """Return group -> arm -> flags, rewards, seconds, and the differences from the group's first arm, seed by seed.
+    """Return group -> arm -> flags, rewards, seconds, units, and what differs from the group's first arm, per seed.
 
     Args:
         groups: group -> arm -> flags.
-        outcomes: "FLAGS seed S" -> reward and seconds of that run.
+        outcomes: "FLAGS seed S" -> reward, seconds and units of that run.
         seeds: how many there are; they are numbered from 1.
     """
     result = {}
@@ -71,7 +88,8 @@ def minus_first_arm(groups: dict, outcomes: dict, seeds: int) -> dict:
         for arm, flags in arms.items():
             cells = [outcomes[f"{flags} seed {s}"] for s in range(1, seeds + 1)]
             seconds = float(np.median([c["seconds"] for c in cells]))
-            result[group][arm] = {"flags": flags, "rewards": [c["reward"] for c in cells], "policy_seconds": seconds}
+            rewards, units = [c["reward"] for c in cells], float(np.mean([c["units"] for c in cells]))
+            result[group][arm] = {"flags": flags, "rewards": rewards, "policy_seconds": seconds, "units": units}
 
         # Runs of one seed share their prompts and their noise. The difference within a seed is therefore less noisy
         # than the rewards are.
@@ -115,13 +133,21 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every arm; arms are paired over them")
     parser.add_argument("--iterations", type=int, default=48, help="updates of every arm")
+    parser.add_argument("--adaptive", action="store_true", help="what adapts during a run, instead of the usual groups")
     args = parser.parse_args()
+    name = "adaptive" if args.adaptive else "ablation"
 
     # A smoke run takes one small group, "advantage".
     seeds, iterations = (2, 2) if args.smoke else (args.seeds, args.iterations)
-    groups = dict(list(GROUPS.items())[4:5]) if args.smoke else GROUPS
+    groups = ADAPTIVE if args.adaptive else dict(list(GROUPS.items())[4:5]) if args.smoke else GROUPS
     shared = f" --leaves 16 --lr 1e-4 --lr-end 1 --iterations {iterations} --eval-every {max(1, iterations // 6)}"
     shared += " --eval-size 8 --prompts-per-iteration 1" if args.smoke else " --eval-size 128"
+
+    if args.adaptive:
+        common.runs(args).mkdir(parents=True, exist_ok=True)
+        few = common.runs(args) / "adaptive_prompts.txt"
+        few.write_text("".join((common.ROOT / "tiny/prompts_train.txt").open().readlines()[:128]))
+        shared += f" --prompts {few} --eval-prompts {common.ROOT / 'tiny/prompts_heldout.txt'}"
 
     # Runs are named by their flags and not by their arm: an arm that stands in several groups runs once.
     tasks = {
@@ -131,9 +157,10 @@ def main() -> None:
         for s in range(1, seeds + 1)
     }
     outcomes = {}
-    for name, rows in common.train_all(args, "ablation", tasks).items():
+    for run, rows in common.train_all(args, name, tasks).items():
         seconds = float(np.mean([common.policy_seconds(row) for row in rows[1:]]))  # row 0 is the first evaluation
-        outcomes[name] = {"reward": common.final_reward(rows), "seconds": seconds}
+        units = sum(row["units"] for row in rows[1:])
+        outcomes[run] = {"reward": common.final_reward(rows), "seconds": seconds, "units": units}
 
     # The half width of every interval is t std / sqrt(seeds), with the pooled std; a first arm has none.
     result = minus_first_arm(groups, outcomes, seeds)
@@ -148,7 +175,7 @@ def main() -> None:
             print(f"  {arm:<22} {np.mean(row['rewards']):.4f}   {numbers}   {row['policy_seconds']:.2f} s/iter")
 
     document = {"groups": result, "seeds": seeds, "iterations": iterations, "spread": spread}
-    common.finish("ablation", args, document, draw)
+    common.finish(name, args, document, draw)
 
 
 if __name__ == "__main__":

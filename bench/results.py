@@ -412,6 +412,31 @@ def ablation(d: dict) -> Section:
     return Section(finding, table(head, rows), notes)
 
 
+def adaptive(d: dict) -> Section:
+    """What adapts during a run, beside what stays fixed."""
+    rows, changes = [], []
+    for arms in d["groups"].values():
+        first = next(iter(arms.values()))
+        for arm, r in arms.items():
+            units = f"{r['units'] / first['units']:.2f}"
+            rows.append(
+                [arm, f"`{r['flags'].strip()}`", f"{np.mean(r['rewards']):.3f}", difference(r["difference"]), units]
+            )
+            if r is not first:
+                changes.append(f"{interval(r['difference'], '+.3f')} with {arm}")
+    finding = (
+        f"What adapts ends, against its fixed counterpart, {'; '.join(changes)} ({d['seeds']} paired seeds,"
+        f" {d['iterations']} iterations)."
+    )
+    notes = [
+        "Trained on 128 prompts, so that each is drawn often enough. Intervals come from a spread pooled over all arms.",
+        "The last column is rollout and training in policy units, over that of the group's first arm.",
+        "The paper names dynamic branching and pruning as future work and has no such figures.",
+    ]
+    head = ["arm", "flags", "held-out reward", "minus the group's first arm", "policy units"]
+    return Section(finding, table(head, rows), notes)
+
+
 def diversity(d: dict) -> Section:
     """MMD^2 to sequential samples, distances within a prompt, and the flash tail."""
     # All leaves of a tree are not independent, so their p says nothing and is left out.

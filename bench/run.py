@@ -1,7 +1,7 @@
 """Runs every benchmark in turn at its documented size, or with --smoke in seconds; a finished one is not repeated.
 
 python bench/run.py           # what `make bench` runs: under 8 hours on 2 cores; stop it and start it again as you like
-python bench/run.py --all     # pictures after equal updates, spread and video too: 6 more hours
+python bench/run.py --all     # pictures after equal updates, spread, what adapts, and video too: 7 more hours
 python bench/run.py --smoke   # what `make bench-smoke` runs
 """
 
@@ -31,6 +31,7 @@ HOURS = {  # `NAME flags` -> hours on 2 cores; each has the machine alone, and t
 MORE = {  # the same of those that --all adds
     "alignment": 2.2,
     "spread": 1.0,
+    "ablation --adaptive --seeds 5 --iterations 112": 0.9,
     "alignment --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4"
     " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 1.1,
     "equal_time --video --seeds 3 --arms 'Mix, noise at the splits, flash' 'endpoint, star at a random step'"
@@ -46,7 +47,7 @@ def run_one(name: str, smoke: bool) -> bool:
         smoke: run it in seconds, always, and without its output.
     """
     script, *flags = shlex.split(name)
-    key = script + ("_video" if "--video" in flags else "")
+    key = "adaptive" if "--adaptive" in flags else script + "_video" * ("--video" in flags)
 
     # The marker holds all that the result depends on. It is written after the result.
     marker = ROOT / f"runs/bench/{key}.done"
