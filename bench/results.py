@@ -32,6 +32,14 @@ NAMES = {
     "BranchGRPO + width": "BranchGRPO, width pruning",
     "BranchGRPO-Mix, splits alone": f"BranchGRPO-Mix, {SPLITS_ONLY}",
     "BranchGRPO-Mix, splits alone, flash": f"BranchGRPO-Mix, {SPLITS_ONLY}, flash tail",
+    # equal_time
+    "Mix, noise at the splits, flash": f"BranchGRPO-Mix, {SPLITS_ONLY}, flash tail",
+    "endpoint, tree": "endpoint on that tree",
+    "endpoint, star at a random step": "endpoint on a star that splits at a random step",
+    "endpoint, star, a tenth of the time": "the same star, for a tenth of the time",
+    "endpoint, star, a fifteenth of the time": "the same star, for a fifteenth of the time",
+    "elbo, ODE": "elbo on leaves of ODEs",
+    "nft, ODE": "nft on leaves of ODEs",
     # nfe and timing
     "+ width (Parent-Top1)": "BranchGRPO, width pruning (Parent-Top1)",
     "+ width (Extreme-4)": "BranchGRPO, width pruning (Extreme-4)",
@@ -710,12 +718,23 @@ def equal_time(d: dict) -> Section:
     r = d["table"][best]
     finding = (
         f"After the rollout and training time of {d['arguments']['iterations']} iterations of DanceGRPO, {shown(best)}"
-        f" ends highest, {interval(r['final_minus_dance'], '+.3f')} from DanceGRPO's reward."
+        f" ends highest, {interval(r['final_minus_dance'], '+.3f')} from DanceGRPO's reward, which it reaches in"
+        f" {r['median_to_final']:.2f} of the time ({len(r['final'])} paired seeds; median)."
     )
+    evaluations = []
+    for own, dance, time in zip(d["curves"][best], d["curves"]["DanceGRPO"], r["to_final"]):
+        units = np.interp(time * dance["seconds"][-1], own["seconds"], own["units"]) if time is not None else np.inf
+        evaluations.append(units / dance["units"][-1])
     notes = [
         "Each arm makes as many iterations as fit into that time; the learning rate is chosen for that many."
-        " Times are fractions of DanceGRPO's; a seed that never reaches the mark counts as never.",
+        " Times are fractions of DanceGRPO's; a seed that never reaches the mark counts as never. An arm that stops"
+        " early keeps its last reward from then on.",
+        "Endpoint, elbo and nft are other losses on the same leaves ([objectives.py](objectives.py)); all other arms take"
+        " Eq. 5. A star is one split into all leaves. An ODE has no noise, so its leaves start apart.",
+        f"In model evaluations, a backward counted as two, {shown(best)} reaches DanceGRPO's final reward after"
+        f" {np.median(evaluations):.3f} of DanceGRPO's, in the median over seeds.",
         "Counted with decoding and rewards, and after equal numbers of iterations: see the appendix.",
+        "The paper has no such comparison.",
     ]
     return Section(finding, table(head, rows), notes)
 
@@ -826,6 +845,7 @@ ALIGNMENT_VIDEO = (
 SECTIONS = {  # name of the JSON -> title, command, how it is shown
     "nfe": ("Model evaluations", "python bench/nfe.py", nfe),
     "timing": ("Time per iteration", "python bench/timing.py", timing),
+    "equal_time": ("Reward after equal time", "python bench/equal_time.py", equal_time),
     "alignment": ("Reward against time, pictures", "python bench/alignment.py", alignment),
     "alignment_video": ("Reward against time, video", ALIGNMENT_VIDEO, alignment),
     "ablation": ("Ablations", "python bench/ablation.py", ablation),
@@ -1310,6 +1330,7 @@ def more_overhead(d: dict) -> tuple[str, list[str]]:
 
 APPENDIX = {  # name of the JSON -> title, how it is shown
     "timing": ("seconds of each part of an iteration", more_timing),
+    "equal_time": ("settings, wall-clock and equal updates", more_equal_time),
     "alignment": ("settings, scores and seeds, pictures", more_alignment),
     "alignment_video": ("settings, scores and seeds, video", more_alignment),
     "diversity": ("KID, and pairs of one tree", more_diversity),
