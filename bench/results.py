@@ -34,10 +34,10 @@ NAMES = {
     "BranchGRPO-Mix, splits alone, flash": f"BranchGRPO-Mix, {SPLITS_ONLY}, flash tail",
     # equal_time
     "Mix, noise at the splits, flash": f"BranchGRPO-Mix, {SPLITS_ONLY}, flash tail",
-    "endpoint, tree": "endpoint on that tree",
+    "endpoint, tree": "endpoint on trees with a flash tail",
     "endpoint, star at a random step": "endpoint on a star that splits at a random step",
-    "endpoint, star, a tenth of the time": "the same star, for a tenth of the time",
-    "endpoint, star, a fifteenth of the time": "the same star, for a fifteenth of the time",
+    "endpoint, star, a tenth of the time": "endpoint on such a star for a tenth of the time",
+    "endpoint, star, a fifteenth of the time": "endpoint on such a star for a fifteenth of the time",
     "elbo, ODE": "elbo on leaves of ODEs",
     "nft, ODE": "nft on leaves of ODEs",
     # nfe and timing
@@ -426,10 +426,8 @@ def adaptive(d: dict) -> Section:
     for arms in d["groups"].values():
         first = next(iter(arms.values()))
         for arm, r in arms.items():
-            units = f"{r['units'] / first['units']:.2f}"
-            rows.append(
-                [arm, f"`{r['flags'].strip()}`", f"{np.mean(r['rewards']):.3f}", difference(r["difference"]), units]
-            )
+            cells = [f"{np.mean(r['rewards']):.3f}", difference(r["difference"]), f"{r['units'] / first['units']:.2f}"]
+            rows.append([arm, f"`{r['flags'].strip()}`", *cells])
             if r is not first:
                 changes.append(f"{interval(r['difference'], '+.3f')} with {arm}")
     finding = (
@@ -437,7 +435,8 @@ def adaptive(d: dict) -> Section:
         f" {d['iterations']} iterations)."
     )
     notes = [
-        "Trained on 128 prompts, so that each is drawn often enough. Intervals come from a spread pooled over all arms.",
+        "Trained on 128 prompts, so that each is drawn often enough. Intervals come from a spread pooled over all"
+        " arms.",
         "The last column is rollout and training in policy units, over that of the group's first arm.",
         "The paper names dynamic branching and pruning as future work and has no such figures.",
     ]
@@ -729,8 +728,8 @@ def equal_time(d: dict) -> Section:
         "Each arm makes as many iterations as fit into that time; the learning rate is chosen for that many."
         " Times are fractions of DanceGRPO's; a seed that never reaches the mark counts as never. An arm that stops"
         " early keeps its last reward from then on.",
-        "Endpoint, elbo and nft are other losses on the same leaves ([objectives.py](objectives.py)); all other arms take"
-        " Eq. 5. A star is one split into all leaves. An ODE has no noise, so its leaves start apart.",
+        "Endpoint, elbo and nft are other losses on the same leaves ([objectives.py](objectives.py)); all other arms"
+        " take Eq. 5. A star is one split into all leaves. An ODE has no noise, so its leaves start apart.",
         f"In model evaluations, a backward counted as two, {shown(best)} reaches DanceGRPO's final reward after"
         f" {np.median(evaluations):.3f} of DanceGRPO's, in the median over seeds.",
         "Counted with decoding and rewards, and after equal numbers of iterations: see the appendix.",
@@ -747,7 +746,7 @@ def more_equal_time(d: dict) -> tuple[str, list[str]]:
         cells = [interval(r["wall_minus_dance"], "+.3f"), interval(r["equal_updates_minus_dance"], "+.3f")]
         rows.append([shown(arm), lr, d["iterations"][arm], f"{d['seconds'][arm]['policy']:.3f}", *cells])
     head = ["arm", "learning rate", "iterations", "seconds per iteration"]
-    head += ["minus DanceGRPO's, decoding and rewards counted", "the same after equal iterations"]
+    head += ["minus DanceGRPO's, decoding and rewards counted", "after equal iterations"]
     return table(head, rows), ["All are differences of the held-out reward, paired by seed, with 95 % intervals."]
 
 

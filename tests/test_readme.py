@@ -9,6 +9,7 @@ import textwrap
 import tokenize
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import flags
@@ -58,16 +59,25 @@ def test_readme_names_the_files_in_their_order():
 
 
 def test_readme_has_the_benchmarks_figures():
-    """Its table is that of bench/results/alignment.json, rounded."""
-    document = json.loads((HERE / "bench/results/alignment.json").read_text())["table"]
-    rows = [row.split("|")[2:4] for row in README.split("final reward minus")[1].splitlines() if row.startswith("| ")]
-    arms = ["DanceGRPO", "MixGRPO", "BranchGRPO", "BranchGRPO + depth", "BranchGRPO + width", "BranchGRPO-Mix"]
-    for (seconds, reward), arm in zip(rows, [*arms, "BranchGRPO-Mix, splits alone, flash"]):
-        ratio = document[arm]["seconds_an_update"] / document["DanceGRPO"]["seconds_an_update"]
-        assert float(seconds) == pytest.approx(ratio, abs=0.0051), arm
-        numbers = [float(n) for n in re.findall(r"[-+]?\d\.\d+", reward)]
+    """Its table is that of bench/results/equal_time.json, rounded."""
+    document = json.loads((HERE / "bench/results/equal_time.json").read_text())
+    lines = README.split("final reward minus")[1].split("\n\n")[0].splitlines()
+    rows = [row.split("|")[2:5] for row in lines if row.startswith("| ")]
+    arms = ["DanceGRPO", "MixGRPO", "BranchGRPO", "Mix, noise at the splits, flash", "endpoint, tree"]
+    arms += ["endpoint, star at a random step", "nft, ODE"]
+    assert len(rows) == len(arms)
+    for cells, arm in zip(rows, arms):
+        found = document["table"][arm]
+        seconds, reward, reached = ([float(n) for n in re.findall(r"[-+]?\d\.\d+", cell)] for cell in cells)
+        ratio = document["seconds"][arm]["policy"] / document["seconds"]["DanceGRPO"]["policy"]
+        assert seconds == pytest.approx([ratio], abs=0.0051), arm
+        assert reached == pytest.approx([found["median_to_final"]], abs=0.0051), arm
         if arm != "DanceGRPO":
-            assert numbers == pytest.approx(document[arm]["final_minus_dance"], abs=0.00051), arm
+            assert reward == pytest.approx(found["final_minus_dance"], abs=0.00051), arm
+
+    # Where it starts, and where DanceGRPO ends.
+    start, end = (document["curves"]["DanceGRPO"][0]["reward"][0], np.mean(document["table"]["DanceGRPO"]["final"]))
+    assert f"starts\nat {start:.2f}, and DanceGRPO ends at {end:.2f}" in README
 
 
 def test_snippets_are_short():
