@@ -21,12 +21,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
-STAR = "--method tempflow --sde cps --eta 0.7 --leaves 8 --flash 3 --objective endpoint --prompts-per-iteration 8"
+STAR = "--method tempflow --sde cps --eta 0.7 --leaves 8 --flash 2 --objective endpoint --prompts-per-iteration 8"
 RECIPES = {  # name -> (date, flags)
     "the demo: BranchGRPO-Mix, Eq. 5": ("2026-11-21", "--eval-every 10"),
     "endpoint on a star that splits at a random step": (
-        "2026-11-28",
-        f"{STAR} --lr 1e-4 --iterations 144 --eval-every 4",
+        "2026-11-29",
+        f"{STAR} --lr 1e-4 --iterations 192 --eval-every 4",
     ),
 }
 
