@@ -13,7 +13,7 @@ Rule        A change counts where Student's 95 % interval of the paired differen
     python bench/ablation.py             # 55 minutes on 2 cores
     python bench/ablation.py --adaptive --seeds 5 --iterations 112
 
-The second command compares what adapts during a run with its fixed counterpart, in 50 minutes, and writes
+The second command compares what adapts during a run with its fixed counterpart, in 55 minutes, and writes
 adaptive.json. It trains on 128 prompts, so that each is drawn often enough to be known as one that teaches nothing.
 """
 
