@@ -48,6 +48,7 @@ from tqdm import tqdm  # noqa: E402
 
 from checkpoint import Run, checkpoints  # noqa: E402
 from launch import prepare as prepared_run  # noqa: E402
+from loop import iterate  # noqa: E402
 
 # The palette of Okabe and Ito, which readers with any kind of colour vision can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777"]
@@ -104,6 +105,34 @@ def variant(run: Run, args, flags: str) -> Run:
     options = job(args, flags)[0]
     options.lr = run.args.lr
     return dataclasses.replace(run, args=options)
+
+
+def in_turn(args, recipes: dict[str, str], each: int = 3, threads: int | None = None) -> dict[str, list[dict]]:
+    """Time recipes side by side: iterations of each in turn, four rounds, of which the first only warms up.
+
+    Nothing else may run meanwhile. The weights stay where they are. A window or a split that moves has its places at
+    equal distances over the run, so each round takes others.
+
+    Args:
+        args: the benchmark's command line.
+        recipes: name -> flags.
+        each: iterations of a recipe in each round.
+        threads: of torch; --threads by default.
+
+    Returns:
+        name -> rows of metrics of its 3 * `each` iterations; of one round in a smoke run.
+    """
+    run, rows = prepare(args, "", lr=1e-12), {name: [] for name in recipes}
+    torch.set_num_threads(threads or args.threads)
+    for round_ in range(1 if args.smoke else 4):
+        for name, flags in recipes.items():
+            own = variant(run, args, flags)
+            first = round_ * own.args.iterations // 4
+            done = [iterate(own, i)[0] for i in range(first, first + (1 if args.smoke else each))]
+            if round_ or args.smoke:
+                rows[name] += done
+    torch.set_num_threads(args.threads)
+    return rows
 
 
 # ------------------------------------------------------------------------------------- runs in processes of their own

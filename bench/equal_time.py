@@ -36,8 +36,6 @@ import torch
 from alignment import seconds_to, tuning_prompts
 from tqdm import tqdm
 
-import loop
-
 # Name -> flags of the forest and the objective. A star is one split into all leaves; its tail takes three second-order
 # steps. Where nothing is random, in the walk of an ODE, no kind of step is given.
 STAR = "--method branchgrpo-mix --mix 0 --splits 0 --branch 8 --flash 3 --sde cps --eta 0.7"
@@ -89,22 +87,14 @@ def evaluated_every(iterations: int) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- time
 def seconds_alone(arms: list[str], args) -> dict[str, dict[str, float]]:
-    """Seconds per iteration of each arm, with nothing else running: medians over rounds in which the arms take turns.
+    """Seconds per iteration of each arm, with nothing else running: medians of nine, see `common.in_turn`.
 
     Returns:
         arm -> "policy": rollout, training and optimiser; "all": decoding and rewards too.
     """
-    run = common.prepare(args, "", lr=1e-12)  # the weights stay where they are
-    seconds = {arm: {"policy": [], "all": []} for arm in arms}
-    for round_ in range(1 if args.smoke else 4):
-        for arm in arms:
-            # A window that slides has its places at equal distances over the run, so each round takes others.
-            own = common.variant(run, args, f"{ARMS[arm]} --iterations 48")
-            rows = [loop.iterate(own, i)[0] for i in range(round_ * 12, round_ * 12 + (1 if args.smoke else 3))]
-            if round_ or args.smoke:  # the first round warms up
-                seconds[arm]["policy"] += [common.policy_seconds(row) for row in rows]
-                seconds[arm]["all"] += [common.all_seconds(row) for row in rows]
-    return {arm: {kind: float(np.median(values)) for kind, values in row.items()} for arm, row in seconds.items()}
+    rows = common.in_turn(args, {arm: f"{ARMS[arm]} --iterations 48" for arm in arms})
+    kinds = {"policy": common.policy_seconds, "all": common.all_seconds}
+    return {arm: {kind: float(np.median([*map(of, own)])) for kind, of in kinds.items()} for arm, own in rows.items()}
 
 
 def horizons(seconds: dict[str, dict[str, float]], iterations: int) -> dict[str, int]:

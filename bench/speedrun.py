@@ -3,9 +3,10 @@
 Question    How many model evaluations, and how many seconds on 2 cores, does a recipe need?
 Hypothesis  Another objective on a cheaper tree needs at most a quarter of the demo's.
 Metric      Policy units: one per forward, two per backward, over rollout and training; evaluations are not counted.
-            Seconds: rollout, training and optimiser, alone on the machine with two threads. Both are taken where the
-            fraction of the 256 held-out words that are read exactly, as a mean of three evaluations, first reaches the
-            mark; linear between evaluations.
+            They are taken where the fraction of the 256 held-out words that are read exactly, as a mean of three
+            evaluations, first reaches the mark; linear between evaluations. Seconds: these units times the seconds of
+            a unit (rollout, training and optimiser), which are measured before the runs: two threads, nothing else
+            running, the recipes in turn, medians.
 Rule        Five seeds that no setting was chosen on. A record needs an interval that excludes the old one. The colour
             reward, which every recipe is rewarded for too, must not end below its start.
 
@@ -14,12 +15,9 @@ Rule        Five seeds that no setting was chosen on. A record needs an interval
 RECIPES holds the records in their order; a new one is a new line, measured by the same command.
 """
 
-import sys
-
 import common
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm import tqdm
 
 STAR = "--method tempflow --sde cps --eta 0.7 --leaves 8 --flash 2 --objective endpoint --prompts-per-iteration 8"
 RECIPES = {  # name -> (date, flags)
@@ -31,14 +29,17 @@ RECIPES = {  # name -> (date, flags)
 }
 
 
-def reached(rows: list[dict], mark: float) -> dict | None:
-    """Iterations, units and seconds until heldout_exact, a mean of three evaluations, first reaches the mark."""
-    units, seconds, points = 0, 0.0, []
+def reached(rows: list[dict], mark: float, seconds: float) -> dict | None:
+    """Iterations, units and seconds until heldout_exact, a mean of three evaluations, first reaches the mark.
+
+    Args:
+        rows: metrics of a run. mark: fraction of the words. seconds: of a unit.
+    """
+    units, points = 0, []
     for row in rows:
         units += row.get("units", 0)
-        seconds += common.policy_seconds(row) if "seconds_rollout" in row else 0.0
         if "heldout_exact" in row:
-            points.append((row["heldout_exact"], row["iteration"], units, seconds))
+            points.append((row["heldout_exact"], row["iteration"], units, units * seconds))
     crossed = common.crossing(common.trailing([p[0] for p in points]), mark)
     if crossed is None:
         return None
@@ -62,9 +63,8 @@ def draw(document: dict):
 
 
 def main() -> None:
-    """Run every recipe and seed one after the other; print the records, write the JSON and the figure."""
+    """Time a unit of each recipe, then run every recipe and seed; print the records, write the JSON and the figure."""
     parser = common.parser(__doc__)
-    parser.set_defaults(threads=2)
     parser.add_argument("--seeds", type=int, nargs="*", default=[11, 12, 13, 14, 15], help="paired seeds")
     parser.add_argument("--mark", type=float, default=0.65, help="fraction of the words")
     args = parser.parse_args()
@@ -73,22 +73,27 @@ def main() -> None:
         small = " --iterations 2 --eval-every 1 --eval-size 4 --prompts-per-iteration 1"
         args.seeds, args.mark, recipes = [0], 0.3, {name: (date, f + small) for name, (date, f) in RECIPES.items()}
 
+    def seconds_per_unit() -> dict[str, float]:
+        rows = common.in_turn(args, {name: flags for name, (_, flags) in recipes.items()}, each=6, threads=2)
+        return {name: float(np.median([common.policy_seconds(r) / r["units"] for r in rows[name]])) for name in recipes}
+
+    seconds = common.kept(args, "speedrun", "seconds of a unit", seconds_per_unit)
+    tasks = {f"{name}-{seed}": f"{recipes[name][1]} --seed {seed}" for name in recipes for seed in args.seeds}
+    runs = common.train_all(args, "speedrun", tasks)
+
     found = {}
-    with tqdm(total=len(recipes) * len(args.seeds), desc="runs", file=sys.stderr) as bar:
-        for name, (date, flags) in recipes.items():
-            found[name] = {"date": date, "flags": flags, "seeds": []}
-            for seed in args.seeds:
-                folder = common.runs(args) / "speedrun" / common.file_name(f"{name}-{seed}")
-                rows = common.train(args, folder, f"{flags} --seed {seed}".split())
-                colour = [row["heldout_colour"] for row in rows if "heldout_colour" in row]
-                result = {"seed": seed, "reached": reached(rows, args.mark), "colour": [colour[0], colour[-1]]}
-                exact = [row["heldout_exact"] for row in rows if "heldout_exact" in row]
-                found[name]["seeds"].append(result | {"exact": [exact[0], common.trailing(exact)[-1]]})
-                bar.update()
-            times = [seed["reached"] for seed in found[name]["seeds"] if seed["reached"]]
-            for key in ("iterations", "units", "seconds"):
-                found[name][key] = common.interval([t[key] for t in times]) if len(times) == len(args.seeds) else None
-            print(name, {k: found[name][k] for k in ("iterations", "units", "seconds")}, flush=True)
+    for name, (date, flags) in recipes.items():
+        found[name] = {"date": date, "flags": flags, "seconds_per_unit": seconds[name], "seeds": []}
+        for seed in args.seeds:
+            rows = runs[f"{name}-{seed}"]
+            result = {"seed": seed, "reached": reached(rows, args.mark, seconds[name])}
+            colour, exact = ([r[key] for r in rows if key in r] for key in ("heldout_colour", "heldout_exact"))
+            result |= {"colour": [colour[0], colour[-1]], "exact": [exact[0], common.trailing(exact)[-1]]}
+            found[name]["seeds"].append(result)
+        times = [seed["reached"] for seed in found[name]["seeds"] if seed["reached"]]
+        for key in ("iterations", "units", "seconds"):
+            found[name][key] = common.interval([t[key] for t in times]) if len(times) == len(args.seeds) else None
+        print(name, {k: found[name][k] for k in ("iterations", "units", "seconds")}, flush=True)
     common.finish("speedrun", args, {"mark": args.mark, "recipes": found}, draw)
 
 
