@@ -359,6 +359,7 @@ def add_credit_flags(steps, g) -> None:
     steps("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
 
     g("--objective", choices=OBJECTIVES, default="surrogate", help="what is learnt from the leaves, see objectives.py")
+    g("--pull-ancestors", type=FROM_ZERO, help="of endpoint: earlier nodes trained with each split; default: 0")
     g("--noise-draws", type=COUNT, help="of elbo and nft: noised copies of every leaf; default: 2 (LAB.md)")
     g("--fusion-beta", type=NOT_NEGATIVE, help="beta of Eq. 3; 0 is the plain mean")
     rules = "what an edge is compared with: the nodes of its depth (Eq. 4), the leaves as in GRPO, or its siblings"
@@ -404,6 +405,7 @@ def add_optimisation_flags(g) -> None:
     )
     g("--lr", type=POSITIVE, help="AdamW")
     g("--lr-end", type=number(float, 0, 1), help="fraction of --lr left at the end, falling linearly; 1 is constant")
+    g("--lr-warmup", type=FROM_ZERO, default=0, help="iterations in which --lr is reached, rising linearly; 0 is off")
     g("--weight-decay", type=NOT_NEGATIVE, help="AdamW")
     g("--max-grad-norm", type=UNLIMITED, help="0 is no clipping")
     g("--ema", type=BELOW_ONE, help="decay of the averaged weights, which are evaluated and saved; 0 is off")
@@ -624,6 +626,9 @@ def check_objective(args) -> None:
         fill(args, "noise_draws", 2, "LAB.md")
     elif args.noise_draws is not None:
         raise ValueError(f"--noise-draws does not go with --objective {name}: it is for {', '.join(ON_LEAVES)}")
+    if name in ("surrogate", *ON_LEAVES) and args.pull_ancestors is not None:
+        raise ValueError(f"--pull-ancestors does not go with --objective {name}: it is for endpoint")
+    fill(args, "pull_ancestors", 0, "default")
 
 
 # ------------------------------------------------------------------------------------------------------------- describe

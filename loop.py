@@ -211,6 +211,17 @@ def minibatches(run: Run, iteration: int, rows_of, prompts: int) -> list[Rows]:
     return split_parents(rows_of(torch.arange(prompts)), args.updates, seed)
 
 
+def learning_rate(args, iteration: int) -> float:
+    """The rate of iteration i, counted from 0: it falls linearly from --lr to the fraction --lr-end of it.
+
+    Before that it rises over W = --lr-warmup iterations, by the factor (i + 1) / W. AdamW divides by a running mean of
+    squared gradients, which after few of them says little: its first steps have full length in every weight, whatever
+    the gradient is worth. W = 4, --lr 1, a constant rate: 0.25 0.5 0.75 1 1 ...
+    """
+    rise = min(1.0, (iteration + 1) / max(args.lr_warmup, 1))
+    return args.lr * rise * (1 - (1 - args.lr_end) * iteration / args.iterations)
+
+
 def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     """One iteration: roll out, score, credit, prune, update; returns its row of metrics, and what histograms show."""
     args, acc, policy = run.args, run.accelerator, run.policy
@@ -242,8 +253,8 @@ def iterate(run: Run, iteration: int) -> tuple[dict, dict[str, Tensor]]:
     leaf_rewards, ranking, advantages = credit_leaves(run, out, forest, scores, weights)
     keep = kept_edges(args, schedule, ranking, advantages)
 
-    # 5. Update. The rate falls linearly from --lr to the fraction --lr-end of it.
-    row["lr"] = args.lr * (1 - (1 - args.lr_end) * iteration / args.iterations)
+    # 5. Update.
+    row["lr"] = learning_rate(args, iteration)
     for group in run.optimizer.param_groups:
         group["lr"] = row["lr"]
 

@@ -453,10 +453,12 @@ def test_heldout_prompts_are_unseen():
         assert not any(held in w or w in held for w in drawn), held
 
 
-def test_the_learning_rate_falls_linearly(capsys, tmp_path):
+def test_the_learning_rate_rises_and_falls_linearly(capsys, tmp_path):
     run(capsys, "--out", tmp_path / "a", "--lr", 1e-3, "--lr-end", 0.2)
     run(capsys, "--out", tmp_path / "b", "--lr", 1e-3, "--lr-end", 1)
-    for name, want in (("a", [1e-3, 0.8e-3, 0.6e-3, 0.4e-3]), ("b", [1e-3] * 4)):
+    run(capsys, "--out", tmp_path / "c", "--lr", 1e-3, "--lr-end", 0.2, "--lr-warmup", 2)
+    falling = [1e-3, 0.8e-3, 0.6e-3, 0.4e-3]
+    for name, want in (("a", falling), ("b", [1e-3] * 4), ("c", [0.5e-3, *falling[1:]])):
         assert [row["lr"] for row in rows(tmp_path / name)[1:]] == pytest.approx(want)
         groups = state(tmp_path / name / "checkpoint-4", tmp_path)["optimizer"]["param_groups"]
         assert groups[0]["lr"] == pytest.approx(want[-1])
