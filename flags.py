@@ -359,7 +359,6 @@ def add_credit_flags(steps, g) -> None:
     steps("--cps-density", choices=("true", "upstream"), default="true", help="see sde.py")
 
     g("--objective", choices=OBJECTIVES, default="surrogate", help="what is learnt from the leaves, see objectives.py")
-    g("--pull-ancestors", type=FROM_ZERO, help="of endpoint: earlier nodes trained with each split; default: 0")
     g("--noise-draws", type=COUNT, help="of elbo and nft: noised copies of every leaf; default: 2 (LAB.md)")
     g("--fusion-beta", type=NOT_NEGATIVE, help="beta of Eq. 3; 0 is the plain mean")
     rules = "what an edge is compared with: the nodes of its depth (Eq. 4), the leaves as in GRPO, or its siblings"
@@ -626,9 +625,6 @@ def check_objective(args) -> None:
         fill(args, "noise_draws", 2, "LAB.md")
     elif args.noise_draws is not None:
         raise ValueError(f"--noise-draws does not go with --objective {name}: it is for {', '.join(ON_LEAVES)}")
-    if name in ("surrogate", *ON_LEAVES) and args.pull_ancestors is not None:
-        raise ValueError(f"--pull-ancestors does not go with --objective {name}: it is for endpoint")
-    fill(args, "pull_ancestors", 0, "default")
 
 
 # ------------------------------------------------------------------------------------------------------------- describe

@@ -67,7 +67,7 @@ def edges(out: Rollout, forest: Forest, keep, advantages, values, prompts, rng, 
         values: (P, leaves) weighted rewards, on their own scale.
         prompts: (p,) indices of the prompts of this optimiser step.
         rng: P generators, for noise that is drawn after the rollout.
-        args: options loss_weight, noise_draws, pull_ancestors, shift, adv_clip.
+        args: options loss_weight, noise_draws, shift, adv_clip.
         step_weight: (T,) factors of each step's loss, or None for ones.
     """
     return flatten_edges(out, forest, keep, advantages, prompts, args.loss_weight, step_weight)
@@ -76,10 +76,7 @@ def edges(out: Rollout, forest: Forest, keep, advantages, values, prompts, rng, 
 # ------------------------------------------------------------------------------------------------------------ endpoint
 @dataclass
 class Points(Rows):
-    """Split nodes and earlier ones: N rows. x (N, *latent) at step (N,).
-
-    pull (N, *latent): the direction for its clean estimate.
-    """
+    """Split nodes: N rows. x (N, *latent) at step (N,); pull (N, *latent), the direction for its clean estimate."""
 
     step: Tensor
     pull: Tensor
@@ -98,10 +95,6 @@ def split_points(
     that end at +e and -e with rewards 1 and -1 give g = 2 e / sqrt(mean_D 2 e^2), which has length sqrt(2 D)
     whatever the size of e. Rewards keep their scale, so a prompt whose leaves differ more teaches more; over each
     prompt's own standard deviation it learnt more slowly (LAB.md).
-
-    All ends below an earlier node of the path move with its clean estimate, so g may be trained there as well. With
-    --pull-ancestors N every split node also gives N rows at earlier nodes, whose steps are drawn for each prompt. They
-    cost a forward and a backward each and no rollout.
 
     Arguments: see `edges`.
     """
@@ -122,20 +115,12 @@ def split_points(
 
         # A node is trained if one of its edges is kept.
         trained = keep[i][prompts].unflatten(1, (forest.sizes[i], -1)).any(2)  # (p, n_i)
-
-        # Its own step i, and up to N of the steps 0..i-1, different ones.
-        draws = [torch.randperm(i, generator=rng[int(p)])[: args.pull_ancestors] for p in prompts]
-        steps = torch.stack([torch.cat([draw, torch.tensor([i])]) for draw in draws])  # (p, 1 + min(N, i))
-
-        # The rows of one step after the other: the node's ancestor there, with the pull of the node.
-        for j in steps.unique().tolist():
-            at_j = trained & (steps == j).any(1, keepdim=True)  # (p, n_i)
-            node = (prompts.unsqueeze(1) * forest.sizes[j] + forest.ancestors(j, i))[at_j]  # (N_j,) of P n_j
-            columns["x"].append(take_rows(out.latents[j], node))  # (N_j, *latent)
-            columns["prompt"].append(prompts[at_j.nonzero()[:, 0]])
-            columns["step"].append(torch.full((len(node),), j))
-            columns["pull"].append(take_rows(pull, rows_chosen(at_j, torch.arange(len(prompts)))))
-            columns["weight"].append(torch.full((len(node),), step_weight[j] if step_weight else 1.0))
+        node, n = rows_chosen(trained, prompts), int(trained.sum())
+        columns["x"].append(take_rows(out.latents[i], node))  # (N_i, *latent)
+        columns["prompt"].append(prompts[trained.nonzero()[:, 0]])
+        columns["step"].append(torch.full((n,), i))
+        columns["pull"].append(take_rows(pull, rows_chosen(trained, torch.arange(len(prompts)))))
+        columns["weight"].append(torch.full((n,), step_weight[i] if step_weight else 1.0))
     return Points(**{name: moved(torch.cat(tensors), ends.device) for name, tensors in columns.items()})
 
 
@@ -302,12 +287,11 @@ def rows_per_prompt(args, forest: Forest, keep: list[Tensor]) -> int:
     """How many rows the objective trains for one prompt; each takes a forward and a backward.
 
     Args:
-        args: options objective, noise_draws, pull_ancestors.
+        args: options objective, noise_draws.
         forest, keep: the shape, and T masks (P, n_{i+1}) of which the first prompt is counted.
     """
     if args.objective in ON_LEAVES:
         return forest.leaves * args.noise_draws
     if args.objective == "endpoint":
-        trained = {i: int(keep[i][0].unflatten(0, (forest.sizes[i], -1)).any(1).sum()) for i in forest.splits}
-        return sum(nodes * (1 + min(args.pull_ancestors, i)) for i, nodes in trained.items())
+        return sum(int(keep[i][0].unflatten(0, (forest.sizes[i], -1)).any(1).sum()) for i in forest.splits)
     return count(forest, keep)["trained_parents"]

@@ -159,9 +159,7 @@ def gradients(
     idle = SimpleNamespace(zero_grad=lambda set_to_none: run.policy.transformer.zero_grad(), step=lambda: None)
     update_options = SimpleNamespace(clip=1e9, kl=0.0, micro_batch=options.micro_batch, max_grad_norm=0.0)
     make_rows, loss = OBJECTIVES[objective]
-    row_options = SimpleNamespace(
-        loss_weight=loss_weight, noise_draws=2, pull_ancestors=0, shift=options.shift, adv_clip=5.0
-    )
+    row_options = SimpleNamespace(loss_weight=loss_weight, noise_draws=2, shift=options.shift, adv_clip=5.0)
     row_options.objective = objective
 
     for trial, (number, prompt) in itertools.product(trials, enumerate(prompts)):

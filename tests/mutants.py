@@ -193,8 +193,6 @@ MUTANTS = [
     ("objectives", "for side in (v, 2 * v_old - v):", "for side in (v, v_old - v):"),
     ("objectives", "r = (1 + rows.advantage) / 2", "r = rows.advantage"),
     ("objectives", 'args.adv_clip if args.objective == "nft" else 1', "1"),
-    ("objectives", "+ forest.ancestors(j, i))[at_j]", "+ torch.arange(forest.sizes[i]) % forest.sizes[j])[at_j]"),
-    ("objectives", "nodes * (1 + min(args.pull_ancestors, i))", "nodes * (1 + args.pull_ancestors)"),
     ("tree", "children.var(-1, correction=1)", "children.var(-1, correction=0)"),
     ("tree", "later = [*squares[1:], 0.0]", "later = [0.0] * len(squares)"),
     (

@@ -31,7 +31,7 @@ from objectives import (
 from sde import sigma_schedule
 from tree import keep_chosen, make_forest
 
-ARGS = SimpleNamespace(noise_draws=3, pull_ancestors=0, shift=3.0, adv_clip=5.0, objective="elbo", loss_weight="edge")
+ARGS = SimpleNamespace(noise_draws=3, shift=3.0, adv_clip=5.0, objective="elbo", loss_weight="edge")
 
 
 def rng():
@@ -146,46 +146,7 @@ def test_only_kept_splits_are_trained():
     rows = split_points(out, forest, keep, advantages, torch.from_numpy(rewards_for(forest)), ALL, rng(), ARGS)
     assert len(rows.x) == 2 * len(PROMPTS)
     torch.testing.assert_close(rows.x[3:], out.latents[2][:, 1])
-    assert rows_per_prompt(SimpleNamespace(objective="endpoint", pull_ancestors=0), forest, keep) == 2
-
-
-@pytest.mark.parametrize("shape", [*SPLIT_FORESTS, {"steps": 6, "splits": (4,), "branch": 3, "roots": 2}])
-@pytest.mark.parametrize("n", [1, 3])
-def test_ancestors_are_pulled_as_the_split_is(shape, n):
-    """Each split node gives n rows more, or as many as its path has steps before it, at different steps of that path.
-
-    The ancestor is found through the latents: from child to parent, step by step.
-    """
-    forest, sampler, trees = case(**shape)
-    policy, out = rolled(forest, sampler, trees)
-    advantages, keep = credited(forest, trees, out)
-    values, args = torch.from_numpy(rewards_for(forest)), SimpleNamespace(**vars(ARGS) | {"pull_ancestors": n})
-    alone = split_points(out, forest, keep, advantages, values, ALL, rng(), ARGS)
-    rows = split_points(out, forest, keep, advantages, values, ALL, rng(), args)
-    per_prompt = sum(forest.sizes[i] * (1 + min(n, i)) for i in forest.splits)
-    assert len(rows.x) == per_prompt * len(PROMPTS)
-    assert rows_per_prompt(SimpleNamespace(objective="endpoint", pull_ancestors=n), forest, keep) == per_prompt
-
-    found = set()
-    for p in range(len(PROMPTS)):
-        for i in forest.splits:
-            for node in range(forest.sizes[i]):
-                mine = alone.pull[(alone.prompt == p) & (alone.step == i)][node]
-                same = (rows.prompt == p) & (rows.pull == mine).flatten(1).all(1)  # all rows that this node gave
-                steps = rows.step[same].tolist()
-                assert len(steps) == len(set(steps)) == 1 + min(n, i) and max(steps) == i
-                above = {i: node}  # step -> the node's ancestor there
-                for j in range(i - 1, -1, -1):
-                    above[j] = above[j + 1] // forest.children[j]
-                for j, x in zip(steps, rows.x[same]):
-                    assert torch.equal(x, out.latents[j][p, above[j]])
-                found |= {(p, i, *sorted(steps))}
-
-    # Which steps they are is drawn for each prompt, and does not depend on the other prompts.
-    if shape.get("splits") == (4,) and n == 1:
-        assert len({steps[2:] for steps in found}) > 1
-    second = split_points(out, forest, keep, advantages, values, torch.tensor([1]), rng(), args)
-    assert torch.equal(second.x, rows.x[rows.prompt == 1]) and set(second.prompt.tolist()) == {1}
+    assert rows_per_prompt(SimpleNamespace(objective="endpoint"), forest, keep) == 2
 
 
 # ------------------------------------------------------------------------------------------ objectives on noised leaves
@@ -315,18 +276,13 @@ def run(module, out, flags) -> list[dict]:
 @pytest.mark.parametrize(
     "module, flags, nfe",
     [
-        (train_image, "--objective endpoint --splits 0 --branch 4 --flash 3", 2 * (1 + 3 * 4 + 1)),
+        (train_image, "--objective endpoint --splits 0 --branch 4 --flash 3 --lr-warmup 2", 2 * (1 + 3 * 4 + 1)),
         pytest.param(
             *(train_image, "--objective endpoint --method tempflow --dtype bf16 --ema 0.9", None),
             marks=pytest.mark.slow,
         ),
         (train_image, "--splits auto --size-prune 0.5 --silent-prompts 0.5 --reward jpeg", None),
         (train_image, "--objective elbo --method ode --flash 4 --lora 2 --kl 0.1", 2 * (16 + 8)),
-        (
-            train_image,
-            "--objective endpoint --splits 1 --branch 4 --pull-ancestors 2 --lr-warmup 2",
-            2 * (1 + 1 + 4 * 8 + 2),
-        ),
         (train_image, "--objective nft --updates 2 --micro-batch 3 --noise-draws 1", None),
         pytest.param(train_video, "--objective nft --method ode --frames 5", None, marks=pytest.mark.slow),
         (train_video, "--objective endpoint --frames 5", None),
@@ -352,7 +308,6 @@ def test_every_objective_trains(tmp_path, module, flags, nfe):
         ("--splits auto --depth-prune", "--splits auto does not go with --depth-prune"),
         ("--size-prune 0.5 --width-prune", "--size-prune does not go with --width-prune"),
         ("--splits automatic", "whole numbers"),
-        ("--pull-ancestors 1", "--pull-ancestors does not go with --objective surrogate"),
         ("--noise-draws 2", "--noise-draws does not go with --objective surrogate"),
         ("--objective fdfo", "invalid choice"),
     ],

@@ -37,7 +37,7 @@ CASES = {
     "all weights": "--method branchgrpo --width-prune extreme-1",
     "LoRA, KL": "--lora 4 --kl 0.1 --gradient-checkpointing",
     "KL": "--kl 0.1 --eta 0.5",
-    "endpoint": "--objective endpoint --splits 0,2 --pull-ancestors 1",
+    "endpoint": "--objective endpoint --splits 0,2",
     "elbo, without noise": "--objective elbo --method ode --noise-draws 1",
     "Wan, guided": "--video --guidance 2 --frames 5 --reward colour:1",
 }
