@@ -681,24 +681,26 @@ def speedrun(d: dict) -> Section:
         rows.append([f"{recipe['date']}: {name}", units, seconds, n, f"`{recipe['flags']}`"])
     head = ["record", "thousand policy units", "seconds", "seeds that reach it", "flags of `python train_image.py`"]
 
-    first, *others = [r for r in d["recipes"].values() if r["units"]]
-    ratios = [f"{first['units'][0] / r['units'][0]:.1f}" for r in others]
-    finding = (
-        f"Until {100 * d['mark']:.0f} % of the held-out words are read exactly, the demo takes"
-        f" {first['units'][0] / 1000:.0f} thousand policy units"
-        + (f", and the last record {ratios[-1]} times fewer." if ratios else ".")
-    )
+    first, *others = d["recipes"].items()
+    parts = [f"{first[0]} takes {interval([x / 1000 for x in first[1]['units']], '.0f')} thousand policy units"]
+    for name, r in others:
+        n = sum(bool(s["reached"]) for s in r["seeds"])
+        fewer = f"{name} takes {first[1]['units'][0] / r['units'][0]:.1f} times fewer" if r["units"] else ""
+        parts.append(fewer or f"{name} gets there in {n} of {len(r['seeds'])} seeds only")
+    finding = f"Until {100 * d['mark']:.0f} % of the held-out words are read exactly, {'; '.join(parts)}."
     colour = [
         f"{name}: {np.mean([s['colour'][1] - s['colour'][0] for s in r['seeds']]):+.3f}"
         for name, r in d["recipes"].items()
     ]
+    per_unit = [f"{1000 * r['seconds_per_unit']:.2f} ms" for r in d["recipes"].values()]
     notes = [
         "A policy unit is one forward; a backward counts as two; evaluations are not counted. Mean over seeds with its"
         " 95 % interval, where the mean of three evaluations first reaches the mark.",
         "Seconds are these units times the seconds of a unit (two threads, nothing else running, recipes in turn,"
-        f" medians): {', '.join(f'{1000 * r["seconds_per_unit"]:.2f} ms' for r in d['recipes'].values())}.",
+        f" medians): {', '.join(per_unit)}.",
         f"The colour reward over the whole run, from its start: {'; '.join(colour)}.",
-        "A new record needs an interval that excludes the old one.",
+        "A recipe that does not get there in every seed has no mean. A new record needs an interval that excludes the"
+        " old one.",
     ]
     return Section(finding, table(head, rows), notes)
 
@@ -847,6 +849,7 @@ SECTIONS = {  # name of the JSON -> title, command, how it is shown
     "nfe": ("Model evaluations", "python bench/nfe.py", nfe),
     "timing": ("Time per iteration", "python bench/timing.py", timing),
     "equal_time": ("Reward after equal time", "python bench/equal_time.py", equal_time),
+    "speedrun": ("Speed-run", "python bench/speedrun.py", speedrun),
     "alignment": ("Reward against time, pictures", "python bench/alignment.py", alignment),
     "alignment_video": ("Reward against time, video", ALIGNMENT_VIDEO, alignment),
     "ablation": ("Ablations", "python bench/ablation.py", ablation),
