@@ -650,17 +650,23 @@ def early(d: dict) -> Section:
     """How well a clean estimate's reward foretells the final one."""
     head = ["path still to come at the node", *d["arms"]]
     depths = zip(*d["arms"].values())
-    rows = [[f"{100 * row[0]['still_to_come']:.0f} %", *(interval(r["correlation"]) for r in row)] for row in depths]
+    rows = [
+        [
+            f"{100 * row[0]['still_to_come']:.0f} %",
+            *(interval(r["correlation"]) if r["correlation"] else None for r in row),
+        ]
+        for row in depths
+    ]
 
     # The earliest depth at which stopping would be worth trying, of each arm.
     worth = {
         arm: [r["still_to_come"] for r in rows_ if r["correlation"] and r["correlation"][0] > 0.7]
         for arm, rows_ in d["arms"].items()
     }
-    parts = [f"{100 * max(left):.0f} % of the path ({arm})" if left else f"none ({arm})" for arm, left in worth.items()]
+    parts = [f"at most {100 * max(left, default=0):.0f} % ({arm})" for arm, left in worth.items()]
     finding = (
-        "The reward of the clean estimate ranks the paths of a prompt as their final rewards do, with a correlation"
-        f" above 0.7, from where at most this is still to come: {'; '.join(parts)}."
+        "The reward of the clean estimate ranks the paths of a prompt much as their final rewards do (correlation above"
+        f" 0.7) only where little of the path is still to come: {' and '.join(parts)}."
     )
     notes = [
         f"Spearman's rank correlation over the paths of one prompt, mean over {len(d['prompts'])} prompts with its 95 %"
@@ -857,6 +863,7 @@ SECTIONS = {  # name of the JSON -> title, command, how it is shown
     "scaling": ("Scaling", "python bench/scaling.py", scaling),
     "gradient": ("Noise and bias of the gradient", "python bench/gradient.py", gradient),
     "toy_gradient": ("The gradient in the plane", "python toy.py --gradient", toy_gradient),
+    "early": ("Stopping early", "python bench/early.py", early),
     "overhead": ("Overhead", "python bench/overhead.py", overhead),
     "evaluate": ("A trained checkpoint", "python bench/evaluate.py --train '--iterations 200'", evaluate),
 }

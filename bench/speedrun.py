@@ -53,12 +53,14 @@ def draw(document: dict):
     figure = plt.figure(figsize=(8, 1.2 + 0.7 * len(document["recipes"])))
     ax = figure.subplots()
     for y, (_, recipe) in enumerate(document["recipes"].items()):
-        units = [seed["reached"]["units"] for seed in recipe["seeds"] if seed["reached"]]
+        units = [seed["reached"]["units"] / 1000 for seed in recipe["seeds"] if seed["reached"]]
         ax.plot(units, [y] * len(units), "o", color=common.COLOURS[y % len(common.COLOURS)], alpha=0.6)
+        if never := len(recipe["seeds"]) - len(units):
+            ax.annotate(f"{never} of {len(recipe['seeds'])} seeds do not get there", (max(units, default=0), y + 0.3))
     ax.set_yticks(range(len(document["recipes"])), document["recipes"])
     ax.set_ylim(len(document["recipes"]) - 0.5, -0.5)
     ax.set_xlim(0, None)
-    ax.set_xlabel(f"policy units until {document['mark']:.0%} of the words are exact")
+    ax.set_xlabel(f"thousand policy units until {document['mark']:.0%} of the words are exact")
     return figure
 
 
