@@ -679,20 +679,21 @@ def early(d: dict) -> Section:
 
 def speedrun(d: dict) -> Section:
     """Records of units and seconds until a fraction of the words is exact."""
-    rows = []
+    rows, parts, first = [], [], next(iter(d["recipes"].values()))
     for name, recipe in d["recipes"].items():
         n = f"{sum(bool(s['reached']) for s in recipe['seeds'])} of {len(recipe['seeds'])}"
         units = interval([x / 1000 for x in recipe["units"]], ".0f") if recipe["units"] else None
         seconds = interval(recipe["seconds"], ".0f") if recipe["seconds"] else None
         rows.append([f"{recipe['date']}: {name}", units, seconds, n, f"`{recipe['flags']}`"])
-    head = ["record", "thousand policy units", "seconds", "seeds that reach it", "flags of `python train_image.py`"]
 
-    first, *others = d["recipes"].items()
-    parts = [f"{first[0]} takes {interval([x / 1000 for x in first[1]['units']], '.0f')} thousand policy units"]
-    for name, r in others:
-        n = sum(bool(s["reached"]) for s in r["seeds"])
-        fewer = f"{name} takes {first[1]['units'][0] / r['units'][0]:.1f} times fewer" if r["units"] else ""
-        parts.append(fewer or f"{name} gets there in {n} of {len(r['seeds'])} seeds only")
+        # The first recipe in units, the others against it.
+        if not units:
+            parts.append(f"{name} gets there in {n} seeds only")
+        elif recipe is first or not first["units"]:
+            parts.append(f"{name} takes {units} thousand policy units")
+        else:
+            parts.append(f"{name} takes {first['units'][0] / recipe['units'][0]:.1f} times fewer")
+    head = ["record", "thousand policy units", "seconds", "seeds that reach it", "flags of `python train_image.py`"]
     finding = f"Until {100 * d['mark']:.0f} % of the held-out words are read exactly, {'; '.join(parts)}."
     colour = [
         f"{name}: {np.mean([s['colour'][1] - s['colour'][0] for s in r['seeds']]):+.3f}"
