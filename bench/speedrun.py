@@ -11,7 +11,7 @@ Rule        Five seeds that no setting was chosen on. A record needs an interval
             reward, which every recipe is rewarded for too, must not end below its start.
 
     python bench/speedrun.py             # 1.6 hours on 2 cores; resumes where it was stopped
-    python bench/speedrun.py --only "endpoint on such a star, with a warm-up of the rate"
+    python bench/speedrun.py --only "endpoint on such a star, with a warm-up and averaged weights"
 
 RECIPES holds the records in their order; a new one is a new line. The second command runs that one alone and reads the
 others from the last result; each record says at which commit it was run.
@@ -30,9 +30,9 @@ RECIPES = {  # name -> (date, flags)
         "2026-11-29",
         f"{STAR} --lr 1e-4 --iterations 192 --eval-every 4",
     ),
-    "endpoint on such a star, with a warm-up of the rate": (
+    "endpoint on such a star, with a warm-up and averaged weights": (
         "2026-11-29",
-        f"{STAR} --lr 1e-4 --lr-warmup 16 --iterations 208 --eval-every 4",
+        f"{STAR} --lr 1e-4 --lr-warmup 16 --ema 0.96 --iterations 240 --eval-every 4",
     ),
 }
 
