@@ -20,7 +20,7 @@ Metric      For a frozen policy, over trials, each the rollout of one prompt:
 Rule        Fewer units are better. An interval of the cosine that lies below 1 is a bias. The policy is the untrained
             one. Lengths are Euclidean, though training divides by the root of AdamW's second moments.
 
-    python bench/gradient.py             # 35 minutes on one core
+    python bench/gradient.py             # 1.2 hours on one core
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Runs every benchmark in turn at its documented size, or with --smoke in seconds; a finished one is not repeated.
 
 python bench/run.py           # what `make bench` runs: under 8 hours on 2 cores; stop it and start it again as you like
-python bench/run.py --all     # pictures after equal updates, spread, what adapts, and video too: 7 more hours
+python bench/run.py --all     # equal updates, ablations, spread, what adapts, and video too: nine more hours
 python bench/run.py --smoke   # what `make bench-smoke` runs
 """
 
@@ -21,19 +21,20 @@ HOURS = {  # `NAME flags` -> hours on 2 cores; each has the machine alone, and t
     "overhead": 0.2,
     "evaluate --train '--iterations 200'": 0.1,
     "early": 0.2,
-    "gradient": 0.9,
+    "gradient": 1.2,
     "diversity": 0.35,
     "scaling": 0.45,
-    "ablation": 0.9,
-    "speedrun": 1.2,
+    "speedrun": 1.6,
     "equal_time": 3.2,
 }
 MORE = {  # the same of those that --all adds
     "alignment": 2.2,
+    "ablation": 0.9,
     "spread": 1.0,
     "ablation --adaptive --seeds 5 --iterations 112": 0.9,
     "alignment --video --seeds 3 --iterations 48 --steps dance:0.8 dance:1.6 cps:0.7 --lrs 1e-4 2e-4 4e-4"
     " --flags '--leaves 8 --prompts-per-iteration 8 --lr-end 1 --eval-size 144'": 1.1,
+    "equal_time --name equal_time_warmup --arms 'DanceGRPO, warm-up' 'endpoint, star, two-step tail, warm-up'": 0.8,
     "equal_time --video --seeds 3 --arms 'Mix, noise at the splits, flash' 'endpoint, star at a random step'"
     " 'nft, ODE'": 1.5,
 }
@@ -48,6 +49,7 @@ def run_one(name: str, smoke: bool) -> bool:
     """
     script, *flags = shlex.split(name)
     key = "adaptive" if "--adaptive" in flags else script + "_video" * ("--video" in flags)
+    key = flags[flags.index("--name") + 1] if "--name" in flags else key
 
     # The marker holds all that the result depends on. It is written after the result.
     marker = ROOT / f"runs/bench/{key}.done"
