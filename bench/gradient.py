@@ -287,13 +287,16 @@ def draw(document: dict):
         for (j, scope), (i, row) in itertools.product(enumerate(SCOPES), enumerate(document["rows"].values())):
             if row[scope][key]:
                 mean, low, high = row[scope][key]
+                low = max(low, 1e-3) if key == "units_over_base" else low  # on a log axis nothing is below 0
                 look = {"color": common.COLOURS[row["noisy"] == "splits"], "mfc": "w" if j == 0 else None, "capsize": 3}
                 ax.errorbar(mean, i + 0.25 * j, xerr=[[mean - low], [high - mean]], fmt="so"[j], **look)
         ax.axvline(1, color="k", lw=0.8)
 
     axes[0].set_yticks(y + 0.12, document["rows"])
     axes[0].invert_yaxis()
-    axes[0].set(xlabel="model evaluations until signal equals noise,\nover the first row's", xlim=(0, None))
+    axes[0].set(
+        xlabel="model evaluations until signal equals noise,\nover the first row's", xscale="log", xlim=(1e-3, 2)
+    )
     axes[1].set_xlabel("cosine of the mean gradient\nwith the reference")
     for j, scope in enumerate(SCOPES):
         axes[1].plot([], [], "so"[j], color="#777777", mfc="w" if j == 0 else None, label=f"of {scope}")

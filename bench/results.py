@@ -90,6 +90,14 @@ NAMES = {
     "splits noisy, tree, every edge the same weight": f"tree, {SPLITS_ONLY}, equal edge weights",
     "splits noisy, tree, group advantage": f"tree, {SPLITS_ONLY}, group advantage",
     "the same, every edge the same weight": f"tree, {SPLITS_ONLY}, group advantage, equal edge weights",
+    "splits noisy, tree, endpoint": f"endpoint, tree, {SPLITS_ONLY}",
+    "splits noisy, star": f"star, {SPLITS_ONLY}, equal edge weights",
+    "splits noisy, star, endpoint": f"endpoint, star, {SPLITS_ONLY}",
+    "no noise, independent, elbo": "elbo, independent rollouts, no noise",
+    "no noise, independent, nft": "nft, independent rollouts, no noise",
+    "splits noisy, tree, elbo": f"elbo, tree, {SPLITS_ONLY}",
+    "the endpoint objective instead of Eq. 5, splits noisy": f"endpoint, against Eq. 5, tree, {SPLITS_ONLY}",
+    "the endpoint objective instead of Eq. 5, star": f"endpoint, against Eq. 5, star, {SPLITS_ONLY}",
     "width pruning": "width pruning, against no pruning",
     "depth pruning": "depth pruning, against no pruning",
     "no fusion, all steps noisy": "no fusion, against fusion, noise at all steps",
@@ -114,9 +122,10 @@ NAMES = {
     "prompts": "prompts per iteration",
 }
 
-# The two trees of gradient.py with the loss of Eq. 5: noise at all steps, noise at the splits only.
+# The two trees of gradient.py with the loss of Eq. 5: noise at all steps, noise at the splits only. Endpoint beside it.
 TREE = "all steps noisy, tree, every edge the same weight (Eq. 5)"
 SPLITS_TREE = "splits noisy, tree, every edge the same weight"
+ENDPOINT_PAIR = "the endpoint objective instead of Eq. 5, splits noisy"
 
 
 class Section(NamedTuple):
@@ -556,24 +565,26 @@ def gradient(d: dict) -> Section:
     own = {name: r["one prompt"] for name, r in d["rows"].items()}
     rows = [
         [shown(name), r["units"], interval(own[name]["relative_noise"], ".0f")]
-        + [interval(own[name]["units_over_base"]), interval(own[name]["cosine"])]
+        + [interval(own[name]["units_over_base"], ".3f"), interval(own[name]["cosine"])]
         for name, r in d["rows"].items()
     ]
     head = ["estimate of the gradient", "model evaluations per rollout", NOISE, WORTH, "cosine with REINFORCE"]
     pairs = table(
         ["change", "evaluations until signal equals noise, with the change over without"],
-        [[shown(name), interval(r["one prompt"])] for name, r in d["pairs"].items()],
+        [[shown(name), interval(r["one prompt"], ".3f")] for name, r in d["pairs"].items()],
     )
 
     finding = (
         "Until signal equals noise, a tree with noise at all steps needs"
         f" {interval(own[TREE]['units_over_base'])} of the model evaluations of independent rollouts, and a tree with"
-        f" {SPLITS_ONLY} {interval(own[SPLITS_TREE]['units_over_base'])} ({len(d['prompts'])} prompts,"
+        f" {SPLITS_ONLY} {interval(own[SPLITS_TREE]['units_over_base'])}; on the latter's leaves the endpoint objective"
+        f" needs {interval(d['pairs'][ENDPOINT_PAIR]['one prompt'])} of what Eq. 5 does ({len(d['prompts'])} prompts,"
         f" {d['trials']} rollouts each)."
     )
     noise = {name: r["relative_noise"][0] / own[TREE]["relative_noise"][0] for name, r in own.items()}
     width, depth = (noise[f"the same, {kind}-pruned"] for kind in ("width", "depth"))
     saved = 1 - d["rows"]["the same, width-pruned"]["units"] / d["rows"][TREE]["units"]
+    biased = "; ".join(f"{shown(n)}, {interval(r['cosine'])}" for n, r in own.items() if r["cosine"][2] < 1)
     notes = [
         "How well does one rollout estimate the gradient of its own prompt, at the untrained policy? A model"
         " evaluation is one forward; a backward counts as two.",
@@ -583,8 +594,9 @@ def gradient(d: dict) -> Section:
         "Where a row does not say equal edge weights, every depth of the tree has the same weight in the loss.",
         f"Pruning makes the noise {width:.1f} (width) and {depth:.1f} times (depth) as large and saves"
         f" {100 * saved:.0f} % of the evaluations.",
-        "REINFORCE on the raw reward has no bias, so a cosine below 1 is a bias. Only the interval of the"
-        f" width-pruned tree lies below 1: {interval(own['the same, width-pruned']['cosine'], '.3f')}.",
+        "REINFORCE on the raw reward has no bias, so a cosine below 1 is a bias. The interval lies below 1 for"
+        f" {biased}.",
+        "An interval of a ratio may reach below 0, which no ratio can: it is symmetric, and eight prompts are few.",
         "The cosine of the two references, noise at all steps and at the splits only, is"
         f" {interval(d['references_cosine'])}.",
         "The gradient over all prompts, which training follows, is mostly hidden by noise here: see the appendix.",
@@ -684,7 +696,7 @@ def speedrun(d: dict) -> Section:
         n = f"{sum(bool(s['reached']) for s in recipe['seeds'])} of {len(recipe['seeds'])}"
         units = interval([x / 1000 for x in recipe["units"]], ".0f") if recipe["units"] else None
         seconds = interval(recipe["seconds"], ".0f") if recipe["seconds"] else None
-        rows.append([f"{recipe['date']}: {name}", units, seconds, n, f"`{recipe['flags']}`"])
+        rows.append([f"{recipe['date']}: {name}", units, seconds, n, recipe["commit"], f"`{recipe['flags']}`"])
 
         # The first recipe in units, the others against it.
         if not units:
@@ -692,8 +704,10 @@ def speedrun(d: dict) -> Section:
         elif recipe is first or not first["units"]:
             parts.append(f"{name} takes {units} thousand policy units")
         else:
-            parts.append(f"{name} takes {first['units'][0] / recipe['units'][0]:.1f} times fewer")
-    head = ["record", "thousand policy units", "seconds", "seeds that reach it", "flags of `python train_image.py`"]
+            fewer, faster = (first[key][0] / recipe[key][0] for key in ("units", "seconds"))
+            parts.append(f"{name} takes {fewer:.1f} times fewer, and {faster:.1f} times fewer seconds")
+    head = ["record", "thousand policy units", "seconds", "seeds that reach it", "commit"]
+    head.append("flags of `python train_image.py`")
     finding = f"Until {100 * d['mark']:.0f} % of the held-out words are read exactly, {'; '.join(parts)}."
     colour = [
         f"{name}: {np.mean([s['colour'][1] - s['colour'][0] for s in r['seeds']]):+.3f}"
@@ -708,6 +722,7 @@ def speedrun(d: dict) -> Section:
         f"The colour reward over the whole run, from its start: {'; '.join(colour)}.",
         "A recipe that does not get there in every seed has no mean. A new record needs an interval that excludes the"
         " old one.",
+        "Without `--only` the command runs all recipes anew; with it the other records are those of their own commits.",
     ]
     return Section(finding, table(head, rows), notes)
 

@@ -58,7 +58,7 @@ def reached(rows: list[dict], mark: float) -> dict[str, float] | None:
 
 def draw(document: dict):
     """Units to the mark, a point per seed and recipe."""
-    figure = plt.figure(figsize=(8, 1.2 + 0.7 * len(document["recipes"])))
+    figure = plt.figure(figsize=(10, 1.2 + 0.7 * len(document["recipes"])))
     ax = figure.subplots()
     for y, (_, recipe) in enumerate(document["recipes"].items()):
         units = [seed["reached"]["units"] / 1000 for seed in recipe["seeds"] if seed["reached"]]

@@ -80,6 +80,13 @@ def test_readme_has_the_benchmarks_figures():
     assert f"starts\nat {start:.2f}, and DanceGRPO ends at {end:.2f}" in README
 
 
+def test_readme_has_the_speedruns_ratio():
+    """So many times fewer model evaluations does the newest record need than the demo, which is the first."""
+    recipes = list(json.loads((HERE / "bench/results/speedrun.json").read_text())["recipes"].values())
+    fewer = recipes[0]["units"][0] / recipes[-1]["units"][0]
+    assert f"{fewer:.1f} times fewer model evaluations\n(`python bench/speedrun.py`)" in README
+
+
 def test_snippets_are_short():
     assert len(SNIPPETS) == 5
     for snippet in SNIPPETS:
