@@ -123,15 +123,25 @@ def main() -> None:
 
     # The mark: the highest reward that every run reaches.
     mark = min(max(common.trailing([row["heldout_reward"] for row in rows])) for own in runs.values() for rows in own)
-    table = {}
+    table, spaces = {}, ("pixels", "pixels, exact", "OCR outputs", "OCR outputs, exact")
     for arm, own in runs.items():
         reached = [at_reward(rows, mark) for rows in own]
         table[arm] = {"per_seed": reached, "final_reward": [common.final_reward(rows) for rows in own]}
-        for space in ("pixels", "pixels, exact", "OCR outputs", "OCR outputs, exact"):
+        for space in spaces:
             values = [r[space] for r in reached if r and space in r]
             table[arm][space] = common.interval(values) if values else None
             if values:
                 print(f"{arm:<18}{space:<20}" + "{:.3f} [{:.3f}, {:.3f}]".format(*table[arm][space]), flush=True)
+
+    # Each arm minus the first one, Eq. 5, seed by seed.
+    first = next(iter(table.values()))["per_seed"]
+    for row in table.values():
+        row["minus_first"] = {}
+        for space in spaces:
+            pairs = [
+                (r[space], f[space]) for r, f in zip(row["per_seed"], first) if r and f and space in r and space in f
+            ]
+            row["minus_first"][space] = common.interval([a - b for a, b in pairs]) if pairs else None
     common.finish("spread", args, {"mark": mark, "table": table, "runs": runs}, draw)
 
 
