@@ -134,7 +134,9 @@ def endpoint(
     The gradient with respect to v is sigma g / D: no density, no ratio, nothing to clip. It is biased: where the clean
     estimate moves, the end of the path is taken to move as much (the flow's Jacobian is taken for the identity), which
     holds best where little of the path is left. Known failure: a rate that is too high pulls on and on, since nothing
-    holds it back as a clipped ratio does; lower --lr, or add --kl.
+    holds it back as a clipped ratio does; lower --lr, or add --kl. At the same reward and on the same trees it leaves
+    less diversity than Eq. 5: a prompt's pictures are closer to each other, 0.79 of their distance before training
+    against 0.86 (bench/spread.py).
 
     Args:
         clip: not used. The others, and what is returned: see `branchgrpo.surrogate`; there are no ratios.

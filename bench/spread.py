@@ -85,7 +85,7 @@ def at_reward(rows: list[dict], mark: float) -> dict[str, float] | None:
 
 def draw(document: dict):
     """Spread against reward, a line per run; left all pictures, right those read exactly."""
-    figure = plt.figure(figsize=(10, 4))
+    figure = plt.figure(figsize=(11, 4))
     for ax, space in zip(figure.subplots(1, 2, sharey=True), ("pixels", "pixels, exact")):
         for j, (arm, runs) in enumerate(document["runs"].items()):
             for k, rows in enumerate(runs):
@@ -95,7 +95,7 @@ def draw(document: dict):
         ax.axvline(document["mark"], color="k", lw=0.8, ls=":")
         ax.set(xlabel="held-out reward, mean of three evaluations", title=space)
     figure.axes[0].set_ylabel("distance between two pictures of a prompt,\nover the untrained model's")
-    figure.axes[1].legend()
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
