@@ -159,6 +159,11 @@ def interval(triple, form: str = ".2f") -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def interval_or_empty(triple, form: str = ".2f") -> str | None:
+    """The same for a cell that stays empty where there is no mean."""
+    return interval(triple, form) if triple else None
+
+
 def difference(triple) -> str:
     """A difference with its interval and signs, as in +0.0045 [-0.0324, +0.0415]."""
     return interval(triple, "+.4f")
@@ -642,7 +647,7 @@ def evaluate(d: dict) -> Section:
     rows = []
     for name, r in d["rows"].items():
         gain = r.get("relative_gain")
-        cells = [interval(r[k], ".4f") if k in r else None for k in ("before", "after")]
+        cells = [interval_or_empty(r.get(k), ".4f") for k in ("before", "after")]
         cells += [difference(r["gain"]) if "gain" in r else None, None if gain is None else f"{100 * gain:+.1f} %"]
         rows.append([name, *cells])
 
@@ -663,10 +668,7 @@ def early(d: dict) -> Section:
     head = ["path still to come at the node", *d["arms"]]
     depths = zip(*d["arms"].values())
     rows = [
-        [
-            f"{100 * row[0]['still_to_come']:.0f} %",
-            *(interval(r["correlation"]) if r["correlation"] else None for r in row),
-        ]
+        [f"{100 * row[0]['still_to_come']:.0f} %", *(interval_or_empty(r["correlation"]) for r in row)]
         for row in depths
     ]
 
@@ -695,7 +697,7 @@ def speedrun(d: dict) -> Section:
     for name, recipe in d["recipes"].items():
         n = f"{sum(bool(s['reached']) for s in recipe['seeds'])} of {len(recipe['seeds'])}"
         units = interval([x / 1000 for x in recipe["units"]], ".0f") if recipe["units"] else None
-        seconds = interval(recipe["seconds"], ".0f") if recipe["seconds"] else None
+        seconds = interval_or_empty(recipe["seconds"], ".0f")
         rows.append([f"{recipe['date']}: {name}", units, seconds, n, recipe["commit"], f"`{recipe['flags']}`"])
 
         # The first recipe in units, the others against it.
@@ -782,7 +784,7 @@ def spread(d: dict) -> Section:
     first, seeds = next(iter(d["table"])), len(d["arguments"]["seeds"])
     rows, minus_rows, changes = [], [], []
     for arm, r in d["table"].items():
-        rows.append([arm, *(interval(r[s]) if r[s] else None for s in spaces), f"{np.mean(r['final_reward']):.3f}"])
+        rows.append([arm, *(interval_or_empty(r[s]) for s in spaces), f"{np.mean(r['final_reward']):.3f}"])
         if arm != first:
             minus_rows.append([arm, *(interval(r["minus_first"][s], "+.3f") for s in spaces)])
             changes.append(f"{interval(r['minus_first'][spaces[0]], '+.2f')} ({arm})")
@@ -825,7 +827,7 @@ def toy_gradient(d: dict) -> Section:
         beside = flux.get(IN_THE_PLANE.get(arm), {}).get("one prompt", {})
         cells = [beside.get("relative_noise"), beside.get("cosine")]
         own = [f"{r['units']:.0f}", f"{r['noise']:.1f}", plus_minus(r["cosine"][-1])]
-        rows.append([arm, *own, *(interval(c, ".2f") if c else None for c in cells)])
+        rows.append([arm, *own, *map(interval_or_empty, cells)])
     head = ["estimate", "model evaluations per rollout", "noise over signal", "cosine with the known gradient"]
     head += ["embedded FLUX: noise over signal", "embedded FLUX: cosine"]
 

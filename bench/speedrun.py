@@ -111,10 +111,11 @@ def main() -> None:
     seconds = common.kept(args, "speedrun", "seconds of a unit", seconds_per_unit)
     tasks = {f"{name}-{seed}": f"{recipes[name][1]} --seed {seed}" for name in args.only for seed in args.seeds}
     runs = common.train_all(args, "speedrun", tasks)
+    commit = common.provenance(args)["commit"]
     for name in args.only:
         date, flags = recipes[name]
         seeds = [measured(runs[f"{name}-{seed}"], seed, args.mark) for seed in args.seeds]
-        found[name] = {"date": date, "commit": common.provenance(args)["commit"], "flags": flags, "seeds": seeds}
+        found[name] = {"date": date, "commit": commit, "flags": flags, "seeds": seeds}
 
     # Units and their interval where every seed gets there. Seconds are of today's machine, for all recipes alike.
     for name, record in found.items():

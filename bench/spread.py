@@ -125,23 +125,17 @@ def main() -> None:
     mark = min(max(common.trailing([row["heldout_reward"] for row in rows])) for own in runs.values() for rows in own)
     table, spaces = {}, ("pixels", "pixels, exact", "OCR outputs", "OCR outputs, exact")
     for arm, own in runs.items():
-        reached = [at_reward(rows, mark) for rows in own]
+        reached = [at_reward(rows, mark) or {} for rows in own]
         table[arm] = {"per_seed": reached, "final_reward": [common.final_reward(rows) for rows in own]}
+        table[arm]["minus_first"] = {}
+        first = next(iter(table.values()))["per_seed"]  # Eq. 5's, which is subtracted seed by seed
         for space in spaces:
-            values = [r[space] for r in reached if r and space in r]
+            values = [r[space] for r in reached if space in r]
+            changes = [r[space] - f[space] for r, f in zip(reached, first) if space in r and space in f]
             table[arm][space] = common.interval(values) if values else None
+            table[arm]["minus_first"][space] = common.interval(changes) if changes else None
             if values:
                 print(f"{arm:<18}{space:<20}" + "{:.3f} [{:.3f}, {:.3f}]".format(*table[arm][space]), flush=True)
-
-    # Each arm minus the first one, Eq. 5, seed by seed.
-    first = next(iter(table.values()))["per_seed"]
-    for row in table.values():
-        row["minus_first"] = {}
-        for space in spaces:
-            pairs = [
-                (r[space], f[space]) for r, f in zip(row["per_seed"], first) if r and f and space in r and space in f
-            ]
-            row["minus_first"][space] = common.interval([a - b for a, b in pairs]) if pairs else None
     common.finish("spread", args, {"mark": mark, "table": table, "runs": runs}, draw)
 
 
